@@ -1,0 +1,1 @@
+"""Quantitative MRI in units of the Cramér-Rao bound: from a pulse train to parameter maps."""
