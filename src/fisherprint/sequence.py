@@ -1,0 +1,273 @@
+"""Pulse trains: flip angles, pulse durations, repetition time, inversion (§2.8)."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, get_args
+
+import h5py
+import numpy as np
+import tomli_w
+from numpy.typing import ArrayLike, NDArray
+
+from fisherprint import _checks, _storage
+
+Inversion = Literal["crushed", "spoiled"]
+
+
+@dataclass(frozen=True, eq=False)
+class PulseTrain:
+    """One or several trains of radio-frequency pulses, each repeated for ever.
+
+    The first pulse of each train is the inversion. The phase of all others alternates by π.
+    Several trains are several cycles: each is periodic by itself, and their signals stand one
+    after the other.
+
+    Attributes:
+        flip_angle: α in rad, shape (trains, pulses); one train may be given as (pulses,).
+        pulse_duration: TRF in s, the same shape.
+        repetition_time: TR in s.
+        inversion: `crushed` (gradients refocus the inverted path) or `spoiled` (all transverse
+            magnetization is lost before and after it).
+
+    Raises:
+        ValueError: values that are not finite, not of one shape, not in SI units, or a pulse
+            that outlasts the repetition time.
+    """
+
+    flip_angle: NDArray[np.float64]
+    pulse_duration: NDArray[np.float64]
+    repetition_time: float
+    inversion: Inversion = "crushed"
+
+    def __post_init__(self) -> None:
+        angle = _as_trains("flip angles", self.flip_angle)
+        duration = _as_trains("pulse durations", self.pulse_duration)
+        _checks.shape(
+            "pulse durations", duration, [("trains", angle.shape[0]), ("pulses", angle.shape[1])]
+        )
+        repetition_time = _checks.positive("the repetition time", self.repetition_time)
+        if repetition_time > 0.5:
+            raise ValueError(
+                f"the repetition time must be in s and below 0.5 s; got {repetition_time}. "
+                "Is it in ms?"
+            )
+        if duration.min() <= 0:
+            raise ValueError(
+                f"pulse durations must be positive; got {duration.min()} s. "
+                "Drop pulses that are not played."
+            )
+        if duration.max() >= repetition_time:
+            raise ValueError(
+                f"pulse durations must stay below the repetition time {repetition_time} s; "
+                f"got {duration.max()} s. {_duration_hint(duration, repetition_time)}"
+            )
+        if np.abs(angle).max() > 2 * np.pi:
+            raise ValueError(
+                "flip angles must lie within ±2π rad; got "
+                f"{angle.flat[np.abs(angle).argmax()]}. Are the angles in degrees?"
+            )
+        if np.abs(angle[:, 0] - np.pi).max() > 0.2:
+            raise ValueError(
+                "the first pulse of each train must be the inversion, π within 0.2 rad; got "
+                f"{angle[:, 0]}. Roll the train so that it starts with its inversion, "
+                "and give angles in rad."
+            )
+        if self.inversion not in get_args(Inversion):
+            raise ValueError(
+                f"the inversion must be one of {get_args(Inversion)}; got {self.inversion!r}."
+            )
+        angle.setflags(write=False)
+        duration.setflags(write=False)
+        object.__setattr__(self, "flip_angle", angle)
+        object.__setattr__(self, "pulse_duration", duration)
+        object.__setattr__(self, "repetition_time", repetition_time)
+
+    @property
+    def n_samples(self) -> int:
+        """T: pulses of all trains, one sample each."""
+        return self.flip_angle.size
+
+    @property
+    def duration(self) -> float:
+        """Length of one cycle through all trains, in s."""
+        return self.n_samples * self.repetition_time
+
+    @property
+    def rf_power(self) -> float:
+        """Mean over time of ω1², in (rad/s)²: Σ α²/TRF over the duration."""
+        return float((self.flip_angle**2 / self.pulse_duration).sum() / self.duration)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that identifies the train: angles, durations, repetition time, inversion."""
+        kind = np.frombuffer(self.inversion.encode(), dtype=np.uint8)
+        return _storage.digest(
+            self.flip_angle, self.pulse_duration, np.float64(self.repetition_time), kind
+        )
+
+    @classmethod
+    def read(
+        cls,
+        path: str | Path,
+        *,
+        repetition_time: float | None = None,
+        inversion: Inversion | None = None,
+    ) -> PulseTrain:
+        """Read a train from `.mat` (v5, v7.3), `.h5` or `.toml`.
+
+        A `.mat` file has the keys `alpha` (rad) and `TRF` (s), one train a column; our own
+        formats have `flip_angle`, `pulse_duration` (trains, pulses), `repetition_time` and
+        `inversion`.
+
+        Args:
+            path: the file; its suffix says the format.
+            repetition_time: TR in s; required for `.mat`, which holds none. Where the file has
+                one, it must agree.
+            inversion: likewise; `crushed` where neither says.
+
+        Raises:
+            UnreadableFileError: no such file, damaged, foreign, or without a key.
+            ValueError: contents that are no pulse train, or that disagree with an argument.
+        """
+        path = Path(path)
+        readers = {".mat": _read_mat, ".h5": _read_hdf5, ".hdf5": _read_hdf5, ".toml": _read_toml}
+        if path.suffix.lower() not in readers:
+            raise _storage.UnreadableFileError(
+                f"expected a pulse train as {_checks.listing(readers)}; got {path}."
+            )
+        angle, duration, own_time, own_inversion = readers[path.suffix.lower()](path)
+        time = _agreed("repetition time", own_time, repetition_time, path)
+        if time is None:
+            raise ValueError(
+                f"{path} holds no repetition time. Give one: repetition_time=3.5e-3 (in s)."
+            )
+        kind = _agreed("inversion", own_inversion, inversion, path) or "crushed"
+        return cls(angle, duration, float(time), kind)
+
+    def write(self, path: str | Path) -> None:
+        """Write the train as `.toml` or `.h5`; an existing file is replaced whole or not at all.
+
+        Raises:
+            ValueError: another suffix.
+        """
+        path = Path(path)
+        if path.suffix == ".toml":
+            content = {
+                "repetition_time": self.repetition_time,
+                "inversion": self.inversion,
+                "flip_angle": self.flip_angle.tolist(),
+                "pulse_duration": self.pulse_duration.tolist(),
+            }
+            with _storage.replacing(path) as temporary:
+                temporary.write_bytes(tomli_w.dumps(content).encode())
+        elif path.suffix in (".h5", ".hdf5"):
+            with _storage.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+                self.write_to(file)
+        else:
+            raise ValueError(f"a pulse train is written as .toml or .h5; got {path}.")
+
+    def write_to(self, group: h5py.Group) -> None:
+        """Store the train in an open HDF5 group."""
+        group["flip_angle"] = self.flip_angle
+        group["pulse_duration"] = self.pulse_duration
+        group["repetition_time"] = self.repetition_time
+        group["inversion"] = self.inversion
+
+    @classmethod
+    def read_from(cls, group: h5py.Group) -> PulseTrain:
+        """The train stored in an HDF5 group by `write_to`."""
+        return cls(
+            group["flip_angle"][()],
+            group["pulse_duration"][()],
+            float(group["repetition_time"][()]),
+            group["inversion"].asstr()[()],
+        )
+
+
+def bundled() -> PulseTrain:
+    """The train that comes with the package: 1142 pulses, TR 3.5 ms, crushed inversion (4 s)."""
+    # TODO analytic form
+    raise NotImplementedError
+
+
+_Contents = tuple[ArrayLike, ArrayLike, float | None, str | None]
+
+
+def _read_mat(path: Path) -> _Contents:
+    arrays = _storage.read_arrays(path, ["alpha", "TRF"])
+    return _columns_to_trains(arrays["alpha"]), _columns_to_trains(arrays["TRF"]), None, None
+
+
+def _columns_to_trains(array: NDArray[np.generic]) -> NDArray[np.generic]:
+    """MATLAB holds a train as a column; a single row is one train too."""
+    return array if array.ndim == 2 and array.shape[0] == 1 else array.T
+
+
+def _read_hdf5(path: Path) -> _Contents:
+    arrays = _storage.read_arrays(
+        path, ["flip_angle", "pulse_duration", "repetition_time", "inversion"]
+    )
+    kind = arrays["inversion"].item()
+    return (
+        arrays["flip_angle"],
+        arrays["pulse_duration"],
+        float(arrays["repetition_time"]),
+        kind.decode() if isinstance(kind, bytes) else str(kind),
+    )
+
+
+def _read_toml(path: Path) -> _Contents:
+    _storage.require_file(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise _storage.UnreadableFileError(
+            f"expected a pulse train in TOML; {path} cannot be parsed: {error}."
+        ) from error
+    for key in ("flip_angle", "pulse_duration", "repetition_time"):
+        if key not in content:
+            raise _storage.UnreadableFileError(
+                f"expected the key {key!r} in {path}; it has {_checks.listing(content)}."
+            )
+    return (
+        content["flip_angle"],
+        content["pulse_duration"],
+        content["repetition_time"],
+        content.get("inversion"),
+    )
+
+
+def _agreed(what: str, own: object, asked: object, path: Path) -> object:
+    if own is not None and asked is not None and own != asked:
+        raise ValueError(
+            f"{path} says {what} {own}, the call says {asked}. Drop the argument or mend the file."
+        )
+    return asked if own is None else own
+
+
+def _as_trains(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    try:
+        array = np.array(values, dtype=np.float64, ndmin=2)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be real numbers of shape (trains, pulses), trains of equal length; "
+            f"got {error}."
+        ) from error
+    _checks.finite(name, array)
+    if array.ndim != 2 or array.shape[1] < 2:
+        raise ValueError(
+            f"{name} must have the axes (trains, pulses) with at least 2 pulses; "
+            f"got the shape {array.shape}."
+        )
+    return array
+
+
+def _duration_hint(duration: NDArray[np.float64], repetition_time: float) -> str:
+    for factor, unit in ((1e-3, "ms"), (1e-6, "µs")):
+        if duration.max() * factor < repetition_time:
+            return f"Are the durations in {unit}?"
+    return "Shorten the pulses."
