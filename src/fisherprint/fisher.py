@@ -1,0 +1,120 @@
+"""Fisher information and the Cramér-Rao bound, of a signal or of its coefficients (§2.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherprint import _checks
+
+# Eigenvalues of the equilibrated information below this are zero but for rounding: the entries
+# carry a relative error of about 1e-16 times the number of samples, amplified by the inversion.
+_SINGULAR = 1e-13
+# A parameter takes part in a singular direction if that direction has this share of it; far
+# above the rounding of an eigenvector, far below a true participation.
+_INVOLVED = 1e-6
+
+
+class SingularInformationError(ArithmeticError):
+    """No unbiased estimator with finite variance exists.
+
+    Attributes:
+        information: the singular Fisher information, shape (S, P + 2, P + 2).
+        columns: parameters whose bound is infinite in every sample.
+    """
+
+    def __init__(self, information: NDArray[np.float64], columns: tuple[int, ...]) -> None:
+        self.information = information
+        self.columns = columns
+        super().__init__(
+            "expected a signal that depends on each parameter in its own way; the Fisher "
+            f"information is singular, with an infinite bound of the parameter columns {columns} "
+            "in every sample. Leave these parameters out, or change the sequence."
+        )
+
+
+def information(
+    signal: NDArray[np.complexfloating], jacobian: NDArray[np.complexfloating], *, noise_std: float
+) -> NDArray[np.float64]:
+    r"""Real Fisher information with complex M0 among the unknowns (§2.1).
+
+        F = Re(Gᴴ G) / σ²,  G = [∂s/∂θ_1 ... ∂s/∂θ_P, s, i·s]
+
+    The last two columns are the derivatives with respect to Re M0 and Im M0, at M0 = 1. Why F is
+    real, unlike in the paper: docs/decisions/001-real-fisher-information.md.
+
+    Args:
+        signal: s, shape (S, T).
+        jacobian: ∂s/∂θ, shape (S, T, P).
+        noise_std: σ of the real and of the imaginary part each.
+
+    Returns:
+        F, shape (S, P + 2, P + 2).
+    """
+    columns = np.concatenate([jacobian, signal[..., None], 1j * signal[..., None]], axis=-1)
+    real, imaginary = columns.real, columns.imag
+    return (real.mT @ real + imaginary.mT @ imaginary) / noise_std**2
+
+
+def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
+    r"""Diagonal of F⁻¹ for each sample; infinite where a parameter cannot be told from others.
+
+    F spans many decades, so it is equilibrated, C = D F D with unit diagonal, before its rank is
+    judged. With C = V Λ Vᵀ the bound of a parameter is D² Σ V²/Λ over the nonzero Λ, unless it
+    takes part in a direction with Λ = 0.
+
+    Args:
+        information: F, shape (S, Q, Q).
+
+    Returns:
+        Shape (S, Q).
+
+    Raises:
+        ValueError: F is not finite.
+    """
+    _checks.finite("the Fisher information", information)
+    diagonal = np.diagonal(information, axis1=-2, axis2=-1)
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    values, vectors = np.linalg.eigh(scale[..., :, None] * information * scale[..., None, :])
+    null = values < _SINGULAR
+    shares = vectors**2
+    inverse = np.where(null, 0.0, 1 / np.where(null, 1.0, values))
+    variance = scale**2 * (shares * inverse[..., None, :]).sum(-1)
+    lost = (shares * null[..., None, :]).sum(-1) > _INVOLVED
+    return np.where(lost, np.inf, variance)
+
+
+def crb(
+    signal: NDArray[np.complexfloating],
+    jacobian: NDArray[np.complexfloating],
+    *,
+    noise_std: float = 1.0,
+) -> NDArray[np.float64]:
+    """Cramér-Rao bound of every parameter, M0 = 1 and complex M0 unknown (§2.1).
+
+    For another M0 the bound is this over |M0|². Coefficients in an orthonormal basis and their
+    derivatives may stand in for the signal: the result is then the bound of the coefficients.
+
+    Args:
+        signal: shape (S, T), for M0 = 1.
+        jacobian: shape (S, T, P).
+        noise_std: σ of the real and of the imaginary part each, in the units of the signal.
+
+    Returns:
+        Bounds of the variance, shape (S, P), in the parameters' units squared; infinite for a
+        parameter that a sample cannot determine (such as Rx at m0s = 0).
+
+    Raises:
+        ValueError: shapes that disagree, values that are not finite, or σ ≤ 0.
+        SingularInformationError: a parameter that no sample at all determines.
+    """
+    signal, jacobian = np.asarray(signal), np.asarray(jacobian)
+    _checks.positive("noise_std", noise_std)
+    _checks.shape("signal", signal, [("S", None), ("T", None)])
+    _checks.shape("jacobian", jacobian, [("S", len(signal)), ("T", signal.shape[1]), ("P", None)])
+    matrices = information(signal, jacobian, noise_std=noise_std)
+    result = bounds(matrices)[:, : jacobian.shape[-1]]
+    hopeless = np.flatnonzero(np.isinf(result).all(axis=0)) if len(result) else ()
+    if len(hopeless):
+        raise SingularInformationError(matrices, tuple(int(column) for column in hopeless))
+    return result
