@@ -21,11 +21,12 @@ def finite(name: str, values: ArrayLike) -> NDArray[np.generic]:
     return array
 
 
-def shape(name: str, array: NDArray[np.generic], expected: Sequence[tuple[str, int | None]]) -> None:
+def shape(
+    name: str, array: NDArray[np.generic], expected: Sequence[tuple[str, int | None]]
+) -> None:
     """Require the axes `(letter, length)`, a length of None standing for any; else ValueError."""
     fits = array.ndim == len(expected) and all(
-        want is None or have == want
-        for have, (_, want) in zip(array.shape, expected, strict=True)
+        want is None or have == want for have, (_, want) in zip(array.shape, expected, strict=True)
     )
     if not fits:
         axes = ", ".join(axis if n is None else f"{axis}={n}" for axis, n in expected)
