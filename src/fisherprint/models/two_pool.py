@@ -109,16 +109,16 @@ class TwoPool:
                 linearized rate.
         """
         theta = self._checked(theta)
-        signal, jacobian = self._run(theta, self._seed)
+        result = self._run(theta, self._seed)
         for column, name in enumerate(self.names):
             if name in _AS_RATE:
                 # d/dT = -1/T² d/dR
-                jacobian[:, :, column] /= -(theta[:, None, column] ** 2)
-        return Fingerprints(theta, signal, jacobian)
+                result[:, 1 + column] /= -(theta[:, None, column] ** 2)
+        return Fingerprints(theta, result[:, 0], result[:, 1:].mT)
 
     def signal(self, theta: ArrayLike) -> NDArray[np.complex128]:
         """The signal alone, shape (S, T); arguments and errors as for `simulate`."""
-        return self._run(self._checked(theta), self._seed[:0])[0]
+        return self._run(self._checked(theta), self._seed[:0])[:, 0]
 
     def _checked(self, theta: ArrayLike) -> NDArray[np.float64]:
         theta = np.array(theta, dtype=np.float64)
@@ -153,21 +153,23 @@ class TwoPool:
 
     def _run(
         self, theta: NDArray[np.float64], seed: NDArray[np.float64]
-    ) -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
-        """Signal and derivatives along the directions of `seed`, groups of lanes on all cores."""
+    ) -> NDArray[np.complex128]:
+        """Signal and derivatives along the directions of `seed`, shape (S, 1 + D, T).
+
+        Groups of lanes are spread over all cores.
+        """
         tissue = self._physical(theta)
         table = kernels.entries(seed)
-        lineshape_table = lineshape.rate_table()
+        coefficients = lineshape.rate_table().coefficients
         n_trains, n_pulses = self.train.flip_angle.shape
-        signal = np.empty((len(theta), self.n_samples), dtype=np.complex128)
-        jacobian = np.empty((*signal.shape, len(seed)), dtype=np.complex128)
+        result = np.empty((len(theta), 1 + len(seed), self.n_samples), dtype=np.complex128)
 
         def group(first: int) -> None:
-            there = min(kernels.LANES, len(theta) - first)
             # A last group that is not full repeats its last member.
             members = np.minimum(np.arange(first, first + kernels.LANES), len(theta) - 1)
             for train in range(n_trains):
-                parts = kernels.train_signal(
+                columns = slice(train * n_pulses, (train + 1) * n_pulses)
+                kernels.train_signal(
                     np.ascontiguousarray(tissue[:, members]),
                     seed,
                     table,
@@ -175,14 +177,11 @@ class TwoPool:
                     self.train.pulse_duration[train],
                     self.train.repetition_time,
                     self.train.inversion == "crushed",
-                    lineshape_table.coefficients,
+                    coefficients,
+                    result[first : first + kernels.LANES, :, columns],
                 )
-                samples = (parts[:, 0] + 1j * parts[:, 1])[:, :, :there]
-                columns = slice(train * n_pulses, (train + 1) * n_pulses)
-                signal[first : first + there, columns] = samples[0].T
-                jacobian[first : first + there, columns] = samples[1:].transpose(2, 1, 0)
 
         # The kernel releases the interpreter's lock, so threads use all cores.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(group, range(0, len(theta), kernels.LANES)))
-        return signal, jacobian
+        return result
