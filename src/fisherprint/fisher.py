@@ -51,9 +51,10 @@ def information(
     Returns:
         F, shape (S, P + 2, P + 2).
     """
-    columns = np.concatenate([jacobian, signal[..., None], 1j * signal[..., None]], axis=-1)
-    real, imaginary = columns.real, columns.imag
-    return (real.mT @ real + imaginary.mT @ imaginary) / noise_std**2
+    rows = np.concatenate([jacobian.mT, signal[:, None], 1j * signal[:, None]], axis=1)
+    # Re(Gᴴ G) is the product of real and imaginary parts side by side, one after the other in T.
+    parts = rows.astype(np.complex128, copy=False).view(np.float64)
+    return (parts @ parts.mT) / noise_std**2
 
 
 def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:

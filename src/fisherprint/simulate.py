@@ -22,7 +22,7 @@ SPLITS = ("training", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class Samples:
+class Reduced:
     """Fingerprints in the subspace, for M0 = 1, with their bounds for σ = |M0| = 1.
 
     Attributes:
@@ -51,7 +51,7 @@ class DataSet:
 
     names: tuple[str, ...]
     basis: Basis
-    samples: dict[str, Samples]
+    samples: dict[str, Reduced]
     energy: float
 
 
@@ -82,9 +82,7 @@ def dataset(
         SingularInformationError: a parameter that no sample determines.
     """
     if prior.names != model.names:
-        raise ValueError(
-            f"expected a prior for {model.names}, in this order; got {prior.names}."
-        )
+        raise ValueError(f"expected a prior for {model.names}, in this order; got {prior.names}.")
     for split in SPLITS:
         if sizes.get(split, 0) < 1:
             raise ValueError(f"expected at least 1 {split} sample; got {sizes.get(split)}.")
@@ -117,7 +115,7 @@ def reduce(
     basis: Basis,
     what: str,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> tuple[Samples, float]:
+) -> tuple[Reduced, float]:
     """Coefficients and both bounds of parameter sets (S, P), and the energy of all signals."""
     size, n_parameters = theta.shape
     coefficients = np.empty((size, basis.rank), dtype=np.complex128)
@@ -139,7 +137,7 @@ def reduce(
         hopeless = np.flatnonzero(np.isinf(bound).all(axis=0))
         if len(hopeless):
             raise fisher.SingularInformationError(matrices, tuple(map(int, hopeless)))
-    return Samples(theta, coefficients, crb_signal, crb_coefficients), energy
+    return Reduced(theta, coefficients, crb_signal, crb_coefficients), energy
 
 
 def _signals(

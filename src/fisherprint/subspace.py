@@ -62,7 +62,7 @@ class Basis:
         _checks.shape("signal", signal, axes if signal.ndim == 2 else [*axes, ("P", None)])
         if signal.ndim == 2:
             return signal @ self.vectors.conj()
-        return self.vectors.conj().T @ signal
+        return (signal.mT @ self.vectors.conj()).mT
 
     def expand(self, coefficients: NDArray[np.complexfloating]) -> NDArray[np.complex128]:
         """Signals s = U c, (S, K) to (S, T).
@@ -97,12 +97,13 @@ def fit(
     Raises:
         ValueError: a rank outside 1...min(S, T), or signals that are not finite.
     """
-    size, gram = 0, np.zeros((0, 0), dtype=np.complex128)
+    size = 0
+    gram: NDArray[np.complex128] = np.zeros((0, 0), dtype=np.complex128)
     for batch in [signal] if isinstance(signal, np.ndarray) else signal:
         _checks.finite("signal", batch)
         _checks.shape("signal", batch, [("S", None), ("T", len(gram) or None)])
         product = batch.T @ batch.conj()
-        gram = gram + product if size else product
+        gram = gram + product if size else np.asarray(product, dtype=np.complex128)
         size += len(batch)
     if not 1 <= rank <= min(size, len(gram)):
         raise ValueError(
