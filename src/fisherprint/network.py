@@ -1,0 +1,177 @@
+"""The fully connected network of Fig. 2, from coefficients to parameters (§2.5)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+# Widths of layers 1 to 11; then 2K, 10 and E.
+_WIDE = (128, 256, 512, 1024, 768, 640, 512, 384, 256, 192, 128)
+_BEFORE_LAST = 10
+# Layer 7 adds the output of layer 3, and so on, before normalization; layer 0 is the input.
+_SKIPS = {7: 3, 9: 2, 11: 1, 12: 0}
+
+
+class Network(nn.Module):
+    """14 linear layers, all but the last with group normalization and ReLU (Fig. 2).
+
+    Widths 2K-128-256-512-1024-768-640-512-384-256-192-128-2K-10-E. Skip connections add the output
+    of an earlier layer of equal width (512, 256, 128; at the end the normalized input)
+    before the normalization; 16 groups, but 2 in the layers of width 2K and 10.
+
+    Args:
+        rank: K, the number of complex coefficients (also an attribute).
+        output_mean: prior mean of the E parameters, shape (E,), in their units.
+        output_spread: their prior standard deviation; the last layer y yields mean + spread·y.
+        generator: draws the initial weights, on the CPU; the global generator stays untouched.
+
+    Raises:
+        ValueError: a rank below 2, or mean and spread that are not (E,), finite and positive.
+    """
+
+    output_mean: Tensor
+    output_spread: Tensor
+
+    def __init__(
+        self,
+        rank: int,
+        output_mean: ArrayLike,
+        output_spread: ArrayLike,
+        *,
+        generator: Generator,
+    ) -> None:
+        super().__init__()
+        mean = torch.as_tensor(np.array(output_mean), dtype=torch.float32)
+        spread = torch.as_tensor(np.array(output_spread), dtype=torch.float32)
+        if rank < 2:
+            raise ValueError(
+                f"the rank must be at least 2; got {rank}. A single coefficient of norm 1 tells "
+                "nothing: keep more singular vectors."
+            )
+        if mean.ndim != 1 or len(mean) == 0 or mean.shape != spread.shape:
+            raise ValueError(
+                "output mean and spread must both have the shape (E,); got "
+                f"{tuple(mean.shape)} and {tuple(spread.shape)}. Give one of each a parameter."
+            )
+        if not (mean.isfinite().all() and spread.isfinite().all() and (spread > 0).all()):
+            raise ValueError(
+                "output means must be finite and spreads finite and positive; got "
+                f"{mean.tolist()} and {spread.tolist()}. Estimate only parameters that vary."
+            )
+        widths = (2 * rank, *_WIDE, 2 * rank, _BEFORE_LAST, len(mean))
+        groups = [16] * len(_WIDE) + [2, 2]
+        self.rank = rank
+        self.linear = nn.ModuleList(
+            _Linear(n_in, n_out, generator) for n_in, n_out in itertools.pairwise(widths)
+        )
+        self.norm = nn.ModuleList(
+            nn.GroupNorm(n_groups, width)
+            for n_groups, width in zip(groups, widths[1:-1], strict=True)
+        )
+        self.register_buffer("output_mean", mean)
+        self.register_buffer("output_spread", spread)
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> Network:
+        """The network that a `state_dict` describes; rank and outputs follow from its shapes.
+
+        Raises:
+            ValueError: tensors of another network.
+        """
+        try:
+            rank = weights["linear.0.weight"].shape[1] // 2
+            network = cls(
+                rank,
+                weights["output_mean"].cpu().numpy(),
+                weights["output_spread"].cpu().numpy(),
+                generator=Generator(),
+            )
+            network.load_state_dict(weights)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"expected the weights of a fisherprint network; got others: {error}. "
+                "Train again or name another file."
+            ) from error
+        return network
+
+    def forward(self, coefficients: Tensor, *, products: torch.dtype = torch.float32) -> Tensor:
+        """Estimates θ̂, shape (B, E), in the parameters' units.
+
+        Args:
+            coefficients: shape (B, K), complex, of any scale; a row without a norm (zeros, NaN)
+                yields NaN.
+            products: precision of the wide matrix products; everything else stays float32.
+        """
+        x = _unit_norm(coefficients).to(self.output_mean.dtype)
+        kept = {0: x}
+        for number, (linear, norm) in enumerate(
+            zip(self.linear[:-1], self.norm, strict=True), start=1
+        ):
+            y = linear(x, products)
+            if number in _SKIPS:
+                y = y + kept[_SKIPS[number]]
+            if number in _SKIPS.values():
+                kept[number] = y
+            x = torch.relu(norm(y))
+        return self.output_mean + self.output_spread * self.linear[-1](x, products)
+
+
+def as_estimator(
+    network: Network, *, chunk: int = 16384
+) -> Callable[[NDArray[Any]], NDArray[np.float64]]:
+    """The network as a function from coefficients (..., K), complex, to parameters (..., E).
+
+    Arrays in, arrays out, `chunk` voxels at a time on the network's device. Voxels of zeros, NaN
+    or Inf yield NaN.
+    """
+
+    @torch.inference_mode()
+    def estimate(coefficients: NDArray[Any]) -> NDArray[np.float64]:
+        if np.ndim(coefficients) == 0 or coefficients.shape[-1] != network.rank:
+            raise ValueError(
+                f"coefficients must have the axes (..., K={network.rank}); got the shape "
+                f"{np.shape(coefficients)}. Move the coefficients to the last axis, and use the "
+                "basis that the network was trained with."
+            )
+        voxels = coefficients.reshape(-1, network.rank)
+        estimates = np.empty((len(voxels), len(network.output_mean)))
+        for start in range(0, len(voxels), chunk):
+            part = slice(start, start + chunk)
+            # Double precision until the norm is 1: images come in any scale.
+            tensor = torch.from_numpy(np.array(voxels[part], dtype=np.complex128))
+            estimates[part] = network(tensor.to(network.output_mean.device)).cpu().numpy()
+        return estimates.reshape(*coefficients.shape[:-1], len(network.output_mean))
+
+    return estimate
+
+
+class _Linear(nn.Module):
+    """Linear layer whose matrix product may have a lower precision, if it is wide."""
+
+    def __init__(self, n_in: int, n_out: int, generator: Generator) -> None:
+        super().__init__()
+        # nn.Linear would draw from the global generator.
+        weight = torch.empty(n_out, n_in)
+        nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor, products: torch.dtype) -> Tensor:
+        # Near the input and the output 8 bits would round away more than the noise does.
+        if products == torch.float32 or min(self.weight.shape) < min(_WIDE):
+            return functional.linear(x, self.weight, self.bias)
+        rounded = (part.to(products) for part in (x, self.weight, self.bias))
+        return functional.linear(*rounded).to(x.dtype)
+
+
+def _unit_norm(coefficients: Tensor) -> Tensor:
+    """Real, then imaginary parts, shape (B, 2K), scaled to an l2 norm of 1 (§2.5)."""
+    x = torch.cat([coefficients.real, coefficients.imag], dim=1)
+    return x / torch.linalg.vector_norm(x, dim=1, keepdim=True)

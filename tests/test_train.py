@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from fisherprint.network import Network
+from fisherprint.train import (
+    RELATIVE_FLOOR,
+    DivergedError,
+    Epoch,
+    Samples,
+    State,
+    TrainingConfig,
+    augment,
+    crb_loss,
+    mse_loss,
+    relative_loss,
+    train,
+)
+
+
+def decay(size: int, *, seed: int) -> Samples:
+    """Exponential decays of rate R and frequency w at 8 times, with their exact bounds."""
+    rng = np.random.default_rng(seed)
+    R, w = rng.uniform(0.2, 2, (size, 1)), rng.uniform(-0.5, 0.5, (size, 1))
+    t = np.linspace(0, 1.5, 8)
+    s = np.exp((-R + 1j * w) * t)
+    # Columns: Re M0, Im M0, R, w.
+    G = np.stack([s, 1j * s, -t * s, 1j * t * s], axis=-1)
+    F = np.einsum("stp,stq->spq", G.conj(), G).real
+    crb = np.diagonal(np.linalg.inv(F), axis1=1, axis2=2)[:, 2:]
+    return Samples(("R", "w"), s, np.hstack([R, w]), crb)
+
+
+TINY, HELD_OUT = decay(48, seed=0), decay(40, seed=1)
+CONFIG = TrainingConfig(
+    estimated=("R",), epochs=2, batch_size=16, halve_every=1, warmup_steps=2, noise_std=0.05
+)
+
+
+def run(config: TrainingConfig, *, state: State | None = None) -> list[tuple[Epoch, State]]:
+    return list(train(TINY, HELD_OUT, config, state=state))
+
+
+@pytest.fixture(scope="module")
+def tiny_run() -> list[tuple[Epoch, State]]:
+    return run(CONFIG)
+
+
+def outcome(steps: list[tuple[Epoch, State]]) -> list[object]:
+    """All of the epochs but their time, and the final weights."""
+    epochs = [dataclasses.replace(epoch, seconds=0) for epoch, _ in steps]
+    return [epochs, {name: w.tolist() for name, w in steps[-1][1].weights.items() if w.ndim == 1}]
+
+
+@pytest.mark.paper("Eq. 1")
+def test_an_efficient_unbiased_estimator_scores_1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand((20000, 3), generator=generator)
+    crb = 10 ** (6 * torch.rand((20000, 3), generator=generator) - 6)
+    estimate = truth + crb.sqrt() * torch.randn(crb.shape, generator=generator)
+    # The square of a normal deviate has variance 2; allow four standard errors.
+    assert abs(float(crb_loss(estimate, truth, crb)) - 1) < 4 * np.sqrt(2 / crb.numel())
+
+
+@pytest.mark.paper("Eq. 1")
+def test_crb_loss_written_out() -> None:
+    estimate, truth = (
+        torch.tensor([[1.0, 5.0], [2.0, 7.0]]),
+        torch.tensor([[0.0, 2.0], [2.0, 3.0]]),
+    )
+    crb = torch.tensor([[2.0, 9.0], [1.0, 4.0]])
+    assert float(crb_loss(estimate, truth, crb)) == (1 / 2 + 9 / 9 + 0 + 16 / 4) / 4
+
+
+def test_an_infinite_bound_weighs_nothing() -> None:
+    truth, crb = torch.zeros(3, 2), torch.full((3, 2), 4.0)
+    crb[1] = torch.inf
+    estimate = torch.full((3, 2), 2.0, requires_grad=True)
+    loss = crb_loss(estimate, truth, crb)
+    (gradient,) = torch.autograd.grad(loss, estimate)
+    assert loss.tolist() == 1
+    # d/dx of x²/4 over 4 bounded terms, at 2.
+    assert gradient.tolist() == [[0.25, 0.25], [0, 0], [0.25, 0.25]]
+    assert crb_loss(estimate[1:2], truth[1:2], crb[1:2]).tolist() == 0
+
+
+def test_mse_and_relative_loss_written_out() -> None:
+    estimate, truth = torch.tensor([[1.0, -5.0], [2.0, 7.0]]), torch.tensor([[0.0, -4], [2.0, 3]])
+    assert float(mse_loss(estimate, truth)) == (1 + 1 + 0 + 16) / 4
+    floor = torch.tensor([0.25, 0.25])
+    # θ = 0 is divided by the floor.
+    expected = (1 / 0.25 + 1 / 4 + 0 + 4 / 3) / 4
+    assert float(relative_loss(estimate, truth, floor)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_validation_losses_are_those_of_the_network_on_noise_of_their_own(
+    tiny_run: list[tuple[Epoch, State]],
+) -> None:
+    epoch, state = tiny_run[-1]
+    assert set(epoch.validation_losses) == {"crb", "mse", "relative"}
+    assert epoch.validation_loss == epoch.validation_losses["crb"]
+    # A fresh draw of noise, many times over: the same losses within their scatter.
+    network, floor = Network.from_weights(state.weights), RELATIVE_FLOOR * TINY.theta[:, 0].std()
+    c = torch.tensor(HELD_OUT.coefficients, dtype=torch.complex64)
+    truth, bound = (
+        torch.tensor(a[:, :1], dtype=torch.float32) for a in (HELD_OUT.theta, HELD_OUT.crb)
+    )
+    draws = []
+    for seed in range(50):
+        noisy, crb = augment(c, bound, CONFIG, torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            estimate = network(noisy)
+        draws.append(
+            [
+                float(crb_loss(estimate, truth, crb)),
+                float(mse_loss(estimate, truth)),
+                float(relative_loss(estimate, truth, torch.tensor([floor]))),
+            ]
+        )
+    found = [epoch.validation_losses[name] for name in ("crb", "mse", "relative")]
+    # One draw against the mean of 50; allow four of the standard deviation of a draw.
+    assert (np.abs(found - np.mean(draws, 0)) < 4 * np.std(draws, 0)).all()
+
+
+def test_augmentation_draws_what_the_paper_says() -> None:
+    config = TrainingConfig(noise_std=0.02, scale_range=(0.1, 1.0))
+    size = 20000
+    c = torch.zeros((size, 3), dtype=torch.complex64)
+    c[:, 0] = 1000
+    noisy, crb = augment(c, torch.ones(size, 1), config, torch.Generator().manual_seed(0))
+    noise = torch.view_as_real(noisy[:, 1:]).flatten()
+    # Relative standard error of a standard deviation of n draws is √(1/2n); allow four.
+    assert abs(float(noise.std()) / 0.02 - 1) < 4 * np.sqrt(1 / (2 * len(noise)))
+    M0 = noisy[:, 0].numpy() / 1000
+    # The noise adds at most 1e-4 to M0.
+    for drawn, low, high in (
+        (np.abs(M0), 0.1, 1.0),
+        (np.mod(np.angle(M0), 2 * np.pi), 0.0, 2 * np.pi),
+    ):
+        ordered = (np.sort(drawn) - low) / (high - low)
+        # Kolmogorov-Smirnov: the distance exceeds 2/√n once in 1500 times.
+        assert np.abs(ordered - np.arange(size) / size).max() < 2 / np.sqrt(size)
+    # (σ/|M0|)², where |M0| is known to 2e-5, at 0.1 relatively to 2e-4; squared, five of these.
+    np.testing.assert_allclose(crb[:, 0], (0.02 / np.abs(M0)) ** 2, rtol=2e-3)
+
+
+def test_infinite_bounds_stay_infinite_and_the_clean_signal_stays_clean() -> None:
+    c, crb = torch.ones((4, 2), dtype=torch.complex64), torch.full((4, 1), torch.inf)
+    _, scaled = augment(c, crb, TrainingConfig(), torch.Generator())
+    assert scaled.isinf().all()
+    assert (c == 1).all()
+
+
+def test_training_approaches_the_bound() -> None:
+    config = TrainingConfig(
+        estimated=("R",), epochs=6, batch_size=128, halve_every=2, warmup_steps=30,
+        scale_range=(0.5, 1.0), noise_std=0.08,
+    )  # fmt: skip
+    training, validation = decay(2048, seed=0), decay(1000, seed=1)
+    losses = [epoch.validation_loss for epoch, _ in train(training, validation, config)]
+    # The best constant c minimizes Σ (c-θ)²/CRB; for |M0| ~ U(1/2, 1), E|M0|² = 7/12.
+    weight, theta = 1 / validation.crb[:, 0], validation.theta[:, 0]
+    constant = (weight * theta).sum() / weight.sum()
+    worst = (weight * (constant - theta) ** 2).mean() * (7 / 12) / 0.08**2
+    # A long training ends at 0.78: at this noise it pays to shrink towards the prior.
+    assert 0.7 < losses[-1] < 2 < worst / 3
+
+
+def test_resuming_repeats_the_uninterrupted_run(tiny_run: list[tuple[Epoch, State]]) -> None:
+    first = run(CONFIG.model_copy(update={"epochs": 1}))
+    kept = {name: moment.clone() for name, moment in first[-1][1].moments.items()}
+    rest = run(CONFIG, state=first[-1][1])
+    assert outcome(first + rest) == outcome(tiny_run)
+    for name, weight in tiny_run[-1][1].weights.items():
+        assert torch.equal(rest[-1][1].weights[name], weight)
+    for name, moment in tiny_run[-1][1].moments.items():
+        assert torch.equal(rest[-1][1].moments[name], moment)
+    # The state that was resumed is a value: training on left it alone.
+    assert all(torch.equal(first[-1][1].moments[name], kept[name]) for name in kept)
+    assert run(CONFIG, state=rest[-1][1]) == []
+
+
+CHANGES = {
+    "estimated": ("w",),
+    "loss": "mse",
+    "epochs": 1,
+    "batch_size": 24,
+    "learning_rate": 0.02,
+    "warmup_steps": 0,
+    "halve_every": 2,
+    "learning_rate_floor": 0.008,
+    "scale_range": (0.5, 1.0),
+    "noise_std": 0.02,
+    "precision": "bfloat16",
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", TrainingConfig.model_fields)
+def test_every_field_of_the_config_matters(name: str, tiny_run: list[tuple[Epoch, State]]) -> None:
+    config = TrainingConfig(**{**CONFIG.model_dump(), name: CHANGES[name]})
+    assert outcome(run(config)) != outcome(tiny_run)
+
+
+def test_learning_rate_halves_down_to_the_floor_after_the_warm_up() -> None:
+    config = TrainingConfig(halve_every=40, warmup_steps=200, learning_rate_floor=1e-5)
+    for epoch, expected in ((2, 0.01), (40, 0.01), (41, 0.005), (81, 0.0025), (1000, 1e-5)):
+        assert config.learning_rate_at(epoch, 180 * epoch) == expected
+    assert config.learning_rate_at(1, 50) == 0.01 / 4
+
+
+def test_steps_and_epochs_are_counted(tiny_run: list[tuple[Epoch, State]]) -> None:
+    assert [(e.number, e.steps, s.epochs) for e, s in tiny_run] == [(1, 3, 1), (2, 3, 2)]
+    assert [e.learning_rate for e, _ in tiny_run] == [0.01, 0.005]
+    # 48 samples in batches of 20: the last one is smaller.
+    assert run(CONFIG.model_copy(update={"batch_size": 20, "epochs": 1}))[0][0].steps == 3
+
+
+def test_outputs_start_at_the_prior(tiny_run: list[tuple[Epoch, State]]) -> None:
+    weights = tiny_run[0][1].weights
+    # Stored in single precision.
+    assert float(weights["output_mean"]) == pytest.approx(TINY.theta[:, 0].mean(), rel=1e-6)
+    assert float(weights["output_spread"]) == pytest.approx(TINY.theta[:, 0].std(), rel=1e-6)
+
+
+def test_samples_without_a_bound_do_not_poison_the_weights() -> None:
+    crb = TINY.crb.copy()
+    crb[::5] = np.inf
+    config = CONFIG.model_copy(update={"epochs": 1})
+    holed = dataclasses.replace(TINY, crb=crb)
+    ((epoch, state),) = train(holed, HELD_OUT, config)
+    assert np.isfinite(epoch.train_loss)
+    assert all(weight.isfinite().all() for weight in state.weights.values())
+    # Only their bounds differ, so what they weigh must show.
+    assert epoch.train_loss != run(config)[0][0].train_loss
+
+
+def test_divergence_carries_the_last_good_state() -> None:
+    steps = train(TINY, HELD_OUT, CONFIG.model_copy(update={"learning_rate": 1e25}))
+    with pytest.raises(DivergedError, match=r"after epoch 0.*carries") as caught:
+        list(itertools.islice(steps, 2))
+    state = caught.value.state
+    assert state.epochs == 0
+    assert all(weight.isfinite().all() for weight in state.weights.values())
+
+
+@pytest.mark.gpu
+def test_the_gpu_trains_alike(tiny_run: list[tuple[Epoch, State]]) -> None:
+    epoch, state = next(train(TINY, HELD_OUT, CONFIG, device="cuda"))
+    # The same draws, summed in another order, through three steps of Adam.
+    assert epoch.train_loss == pytest.approx(tiny_run[0][0].train_loss, rel=1e-2)
+    assert all(weight.device.type == "cpu" for weight in state.weights.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimated": ("T1", "T1")}, "Name each once"),
+        ({"estimated": ()}, "at least 1 item"),
+        ({"scale_range": (0.0, 1.0)}, "expected 0 < low ≤ high"),
+        ({"learning_rate_floor": 0.1}, "Lower the floor"),
+        ({"noise_std": 0.0}, "greater than 0"),
+        ({"loss": "mae"}, "'crb', 'mse' or 'relative'"),
+        ({"epoch": 3}, "Extra inputs are not permitted"),
+        ({"learning_rate": np.inf}, "finite number"),
+    ],
+)
+def test_config_refuses(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TrainingConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crb": -TINY.crb}, "crb must be positive or infinite"),
+        ({"crb": np.nan * TINY.crb}, "crb must be positive or infinite; got nan"),
+        ({"theta": np.nan * TINY.theta}, "theta must be finite"),
+        ({"coefficients": np.inf * TINY.coefficients.real}, "coefficients must be finite"),
+        ({"theta": TINY.theta[1:]}, r"axes \(S=48, E=2\); got the shape \(47, 2\)"),
+        ({"names": ("R",)}, r"axes \(S=48, E=1\)"),
+    ],
+)
+def test_samples_refuse(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+def test_unknown_parameters_are_listed() -> None:
+    with pytest.raises(KeyError, match="'T1'; known are R, w"):
+        next(train(TINY, HELD_OUT, CONFIG.model_copy(update={"estimated": ("T1",)})))
+
+
+def test_a_state_of_another_run_is_refused(tiny_run: list[tuple[Epoch, State]]) -> None:
+    state = tiny_run[0][1]
+    with pytest.raises(ValueError, match="got another batch_size, seed"):
+        run(CONFIG.model_copy(update={"seed": 3, "batch_size": 5}), state=state)
+    narrow = dataclasses.replace(TINY, coefficients=TINY.coefficients[:, :4])
+    held_out = dataclasses.replace(HELD_OUT, coefficients=HELD_OUT.coefficients[:, :4])
+    with pytest.raises(ValueError, match="rank 8, which the resumed network takes; got rank 4"):
+        next(train(narrow, held_out, CONFIG, state=state))
+    with pytest.raises(ValueError, match="validation coefficients must have the axes"):
+        next(train(TINY, held_out, CONFIG))
