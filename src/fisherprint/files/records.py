@@ -1,0 +1,319 @@
+"""Run folders: TOML, JSON and logs, data sets, networks, checkpoints, audits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import safetensors.torch
+import tomli_w
+import torch
+
+from fisherprint import _checks, _storage
+from fisherprint._storage import UnreadableFileError
+from fisherprint.evaluate import Audit, Score
+from fisherprint.sequence import PulseTrain
+from fisherprint.simulate import SPLITS, DataSet, Reduced
+from fisherprint.subspace import Basis
+
+# Version of the layout of data sets and audits; readers refuse another.
+_FORMAT = 1
+_BOUND_ATTRIBUTES = ("theta", "coefficients", "crb_signal", "crb_coefficients")
+_AUDIT_ARRAYS = ("snr", "truth", "crb", "bias", "variance")
+_SCORE_ARRAYS = ("loss_by_parameter", "standard_error_by_parameter")
+_SCORE_NUMBERS = ("loss", "standard_error", "n_used", "n_unbounded", "n_failed")
+
+
+class OutputExistsError(ValueError):
+    """The output folder already holds a finished run."""
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        UnreadableFileError: no such file, or not TOML.
+    """
+    path = Path(path)
+    _storage.require_file(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(
+            f"expected TOML; {path} cannot be parsed: {error}. Mend that line."
+        ) from error
+
+
+def write_toml(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write TOML; an existing file is replaced whole or not at all."""
+    write_text(path, to_toml(content))
+
+
+def to_toml(content: Mapping[str, Any]) -> str:
+    """The TOML text of nested tables."""
+    return tomli_w.dumps(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text; an existing file is replaced whole or not at all."""
+    with _storage.replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write JSON; an existing file is replaced whole or not at all.
+
+    Raises:
+        ValueError: NaN or Inf, which JSON does not know.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UnreadableFileError: no such file, or not a JSON object.
+    """
+    path = Path(path)
+    _storage.require_file(path)
+    return _parsed_object(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def append_jsonl(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Add one line to a file of JSON lines.
+
+    A last line that an interrupted run left unfinished is removed first.
+
+    Raises:
+        ValueError: NaN or Inf, which JSON does not know.
+    """
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as stream:
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+        stream.write(line.encode())
+
+
+def write_jsonl(path: str | Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines anew, whole or not at all."""
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) for record in records)
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """The finished lines of a file of JSON lines.
+
+    Raises:
+        UnreadableFileError: no such file, or a finished line that is no JSON object.
+    """
+    path = Path(path)
+    _storage.require_file(path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return [_parsed_object(line, path) for line in text.split("\n")[:-1]]
+
+
+def write_dataset(
+    path: str | Path,
+    data: DataSet,
+    train: PulseTrain,
+    *,
+    seed: int,
+    versions: Mapping[str, str],
+) -> None:
+    """Write a data set as HDF5 with its basis, train, seed and versions.
+
+    Groups `training`, `validation` and `test` hold `theta` (S, P), `coefficients` (S, K) and the
+    bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K).
+    """
+    with _storage.replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(
+            format=_FORMAT,
+            names=list(data.names),
+            energy=data.energy,
+            seed=seed,
+            versions=json.dumps(dict(versions)),
+            basis_sha256=data.basis.digest,
+            train_sha256=train.digest,
+        )
+        file["basis"] = data.basis.vectors
+        train.write_to(file.create_group("train"))
+        for split, reduced in data.samples.items():
+            for name in _BOUND_ATTRIBUTES:
+                file[f"{split}/{name}"] = getattr(reduced, name)
+
+
+def read_dataset(path: str | Path) -> tuple[DataSet, PulseTrain]:
+    """The data set and the train that `write_dataset` was given.
+
+    Raises:
+        UnreadableFileError: no such file, truncated, foreign, or of another version.
+    """
+    path = Path(path)
+    with _storage.open_hdf5(path) as file:
+        _require_format(file, path, "data set", ("train", "basis", *SPLITS))
+        samples = {
+            split: Reduced(**{name: file[split][name][()] for name in _BOUND_ATTRIBUTES})
+            for split in SPLITS
+        }
+        names = tuple(str(name) for name in file.attrs["names"])
+        basis = Basis(file["basis"][()])
+        data = DataSet(names, basis, samples, float(file.attrs["energy"]))
+        return data, PulseTrain.read_from(file["train"])
+
+
+def write_audit(path: str | Path, audit: Audit, score: Score) -> None:
+    """Write bias and variance of each fingerprint, and the loss over M0, as HDF5."""
+    with _storage.replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(format=_FORMAT, names=list(audit.names), n_noise=audit.n_noise)
+        for name in _AUDIT_ARRAYS:
+            file[f"audit/{name}"] = getattr(audit, name)
+        for name in _SCORE_ARRAYS:
+            file[f"score/{name}"] = getattr(score, name)
+        file["score"].attrs.update({name: getattr(score, name) for name in _SCORE_NUMBERS})
+
+
+def read_audit(path: str | Path) -> tuple[Audit, Score]:
+    """The audit and the score that `write_audit` was given.
+
+    Raises:
+        UnreadableFileError: no such file, truncated, foreign, or of another version.
+    """
+    path = Path(path)
+    with _storage.open_hdf5(path) as file:
+        _require_format(file, path, "evaluation", ("audit", "score"))
+        names = tuple(str(name) for name in file.attrs["names"])
+        moments = {name: file["audit"][name][()] for name in _AUDIT_ARRAYS}
+        audit = Audit(names=names, n_noise=int(file.attrs["n_noise"]), **moments)
+        numbers = {name: file["score"].attrs[name].item() for name in _SCORE_NUMBERS}
+        arrays = {name: file["score"][name][()] for name in _SCORE_ARRAYS}
+        return audit, Score(names=names, **numbers, **arrays)
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _require_format(file: h5py.File, path: Path, what: str, groups: Sequence[str]) -> None:
+    if file.attrs.get("format") != _FORMAT or not all(group in file for group in groups):
+        raise UnreadableFileError(
+            f"expected a fisherprint {what} of format {_FORMAT} with "
+            f"{_checks.listing(groups)}; {path} has format {file.attrs.get('format')} and "
+            f"{_checks.listing(file)}. Was it written by another version or tool?"
+        )
+
+
+def save_network(
+    folder: str | Path, state: Mapping[str, torch.Tensor], card: Mapping[str, Any]
+) -> None:
+    """Write `weights.safetensors` and `card.json`, which gets the weights' `weights_sha256`.
+
+    Args:
+        folder: made if absent; a network in it is replaced.
+        state: the network's state dict.
+        card: what the network is and how it came about.
+
+    Raises:
+        ValueError: NaN or Inf in the card.
+    """
+    folder = Path(folder)
+    data = safetensors.torch.save(_storable(state))
+    with _storage.replacing(folder / "weights.safetensors") as temporary:
+        temporary.write_bytes(data)
+    write_json(folder / "card.json", {**card, "weights_sha256": hashlib.sha256(data).hexdigest()})
+
+
+def load_network_files(
+    folder: str | Path, *, required: Sequence[str]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dict and card of a network; the weights must be those the card was written with.
+
+    Args:
+        folder: where `save_network` put them.
+        required: keys that the card must have.
+
+    Raises:
+        UnreadableFileError: a file that is missing, truncated or foreign, a card without a
+            required key, or weights that belong to another card.
+    """
+    folder = Path(folder)
+    card = read_json(folder / "card.json")
+    missing = [key for key in (*required, "weights_sha256") if key not in card]
+    if missing:
+        raise UnreadableFileError(
+            f"expected the keys {_checks.listing(missing)} in {folder / 'card.json'}; it has "
+            f"{_checks.listing(card)}. Was it written by another version?"
+        )
+    path = folder / "weights.safetensors"
+    _storage.require_file(path)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != card["weights_sha256"]:
+        raise UnreadableFileError(
+            f"expected the weights that {folder / 'card.json'} describes; {path} "
+            f"({len(data)} bytes) differs from them. It is truncated or from another run."
+        )
+    return safetensors.torch.load(data), card
+
+
+def write_checkpoint(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], content: Mapping[str, Any]
+) -> None:
+    """Write a training state as one safetensors file, the content as JSON in its metadata.
+
+    Raises:
+        ValueError: NaN or Inf in the content.
+    """
+    metadata = {"json": json.dumps(content, ensure_ascii=False, allow_nan=False)}
+    with _storage.replacing(Path(path)) as temporary:
+        temporary.write_bytes(safetensors.torch.save(_storable(tensors), metadata))
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the content that `write_checkpoint` was given.
+
+    Raises:
+        UnreadableFileError: no such file, truncated, foreign, or without the content.
+    """
+    path = Path(path)
+    _storage.require_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise UnreadableFileError(
+            f"expected a checkpoint; {path} ({path.stat().st_size} bytes) is none or is "
+            f"truncated: {error}. Start again or take an older one."
+        ) from error
+    if "json" not in metadata:
+        raise UnreadableFileError(
+            f"expected a checkpoint; {path} holds tensors alone. Is it a network's weights?"
+        )
+    return tensors, _parsed_object(metadata["json"], path)
+
+
+def _parsed_object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnreadableFileError(
+            f"expected JSON; {path} cannot be parsed: {error}. Is it truncated?"
+        ) from error
+    if not isinstance(content, dict):
+        raise UnreadableFileError(
+            f"expected a JSON object in {path}; got a {type(content).__name__}."
+        )
+    return content
+
+
+def _storable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,470 @@
+"""Images: coefficient images and masks in, parameter maps out."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+
+from fisherprint import _checks, _storage
+from fisherprint._storage import UnreadableFileError
+from fisherprint.files.records import read_json, write_json
+from fisherprint.maps import Maps
+from fisherprint.parameters import Parameter
+from fisherprint.reconstruct.phantom import TissueMaps
+from fisherprint.subspace import Basis
+
+_NIFTI = (".nii", ".nii.gz")
+_BART = (".cfl", ".hdr")
+_KEYED = (".mat", ".h5", ".hdf5")
+
+# BART's axes 0, 1, 2 are space and 6 holds the coefficients of a subspace.
+_BART_AXES = ("READ", "PHS1", "PHS2", "COIL", "MAPS", "TE", "COEFF", "COEFF2")
+_BART_KEPT = (0, 1, 2, 6)
+
+# What places a volume in space; all else in a header belongs to the file that it came from.
+_GEOMETRY = (
+    *("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """Coefficient images with their place in space.
+
+    Attributes:
+        data: coefficients, complex64, shape (X, Y, Z, K); Z = 1 for a single slice.
+        affine: voxel index -> mm, shape (4, 4); None where the format holds none.
+        header: the NIfTI header; None for the other formats.
+        source: the file it was read from; None for what was computed.
+        mask: bool, shape (X, Y, Z); None where none was asked for.
+    """
+
+    data: NDArray[np.complex64]
+    affine: NDArray[np.float64] | None = None
+    header: nibabel.Nifti1Header | None = None
+    source: Path | None = None
+    mask: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Image:
+    array: NDArray[np.generic]
+    affine: NDArray[np.float64] | None = None
+    header: nibabel.Nifti1Header | None = None
+
+
+def read_coefficients(
+    path: str | Path,
+    *,
+    key: str | None = None,
+    mask_key: str | None = None,
+    rank: int | None = None,
+) -> Volume:
+    """Read complex coefficient images; the suffix says the format.
+
+    | suffix | coefficients are |
+    |---|---|
+    | `.nii`, `.nii.gz` | the last of three or four axes, complex |
+    | `.cfl` or `.hdr` (BART) | axis 6; the axes other than 0, 1, 2 and 6 must be single |
+    | `.npy` | the last axis |
+    | `.mat` (v5, v7.3), `.h5`, `.hdf5` | the first or the last axis of the array `key` |
+
+    A voxel whose coefficients are all NaN (or all zero) is background. Any other NaN or Inf is
+    refused.
+
+    Args:
+        path: the file.
+        key: name of the array in a `.mat` or HDF5 file.
+        mask_key: name of a mask in the same file, nonzero inside.
+        rank: K, the number of coefficients that the estimator takes. In `.mat` and HDF5 it finds
+            the axis of the coefficients, which is else the last; elsewhere it is checked.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, foreign, without the key.
+        ValueError: contents that are no coefficient images: not complex, of another rank, of too
+            many axes, with NaN or Inf, or without any signal.
+    """
+    path = Path(path)
+    image = _read_image(path, key)
+    array = image.array
+    if not np.iscomplexobj(array):
+        raise ValueError(
+            f"expected complex coefficients in {path}; got {array.dtype}. "
+            "Write the complex images, not their magnitude."
+        )
+    array = _coefficients_last(array, rank, movable=_suffix(path) in _KEYED, path=path)
+    data = np.ascontiguousarray(_three_axes(array, 1, path), dtype=np.complex64)
+    _require_finite(data, path)
+    mask = None if mask_key is None else read_mask(path, data.shape[:3], key=mask_key)
+    return Volume(data, image.affine, image.header, path, mask)
+
+
+def read_mask(
+    path: str | Path, shape: Sequence[int], *, key: str | None = None
+) -> NDArray[np.bool_]:
+    """Read a mask, nonzero inside, in any format that coefficients come in.
+
+    Args:
+        path: the file.
+        shape: (X, Y, Z) of the volume that it belongs to.
+        key: name of the array in a `.mat` or HDF5 file.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, foreign, without the key.
+        ValueError: another shape than the volume's, NaN or Inf, or no voxel inside.
+    """
+    path = Path(path)
+    array = _read_image(path, key).array
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    array = _three_axes(array, 0, path)
+    _checks.shape(f"the mask {path}", array, list(zip("XYZ", shape, strict=True)))
+    mask = _checks.finite(f"the mask {path}", array) != 0
+    if not mask.any():
+        raise ValueError(f"the mask {path} must be nonzero somewhere; got zeros alone.")
+    return mask
+
+
+def write_mask(path: str | Path, mask: NDArray[np.bool_], *, volume: Volume) -> None:
+    """Write a mask as a NIfTI of zeros and ones, placed in space like the volume."""
+    with _storage.replacing(Path(path)) as temporary:
+        nibabel.save(_as_nifti(mask.astype(np.float64), volume, np.uint8), temporary)
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedMaps:
+    """Maps that were read back.
+
+    Attributes:
+        maps: by name, SI units, shape (X, Y, Z, E).
+        mask: where there is an estimate.
+        affine: voxel index -> mm, shape (4, 4); None where the images had no place in space.
+    """
+
+    maps: Maps
+    mask: NDArray[np.bool_]
+    affine: NDArray[np.float64] | None
+
+
+def read_maps(folder: str | Path, names: Sequence[str]) -> PlacedMaps:
+    """The maps that `write_maps` wrote.
+
+    Raises:
+        UnreadableFileError: one is missing, damaged or foreign.
+    """
+    images = [_read_nifti(Path(folder) / f"{name}.nii.gz") for name in names]
+    values = np.stack([np.asarray(image, dtype=np.float64) for image, _, _ in images], axis=-1)
+    inside: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=-1))
+    _, affine, header = images[0]
+    placed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
+    return PlacedMaps(Maps(tuple(names), values, inside, 0), inside, affine if placed else None)
+
+
+def read_basis(path: str | Path, *, key: str, n_samples: int) -> Basis:
+    """Read the temporal basis that coefficient images were made with, coefficients = Uᴴ signal.
+
+    Args:
+        path: `.mat`, `.h5` or `.hdf5`.
+        key: name of an array (T, K) of basis vectors, or (K, T) of their conjugates: the matrix
+            that turns signals into coefficients.
+        n_samples: T, the pulses of all trains.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, foreign, without the key.
+        ValueError: neither axis has T entries, or the vectors are not orthonormal.
+    """
+    vectors = _storage.read_arrays(Path(path), [key])[key]
+    if vectors.ndim != 2 or n_samples not in vectors.shape:
+        raise ValueError(
+            f"expected a basis of T={n_samples} time points in {path}, as the train has; got "
+            f"the shape {vectors.shape}. Do the basis and the train belong together?"
+        )
+    oriented = vectors if len(vectors) == n_samples else vectors.T.conj()
+    return Basis(oriented.astype(np.complex128))
+
+
+def write_coefficients(path: str | Path, volume: Volume, *, basis_sha256: str) -> None:
+    """Write coefficient images as a complex NIfTI, and the identity of their basis beside it."""
+    path = Path(path)
+    image = nibabel.Nifti1Image(  # type: ignore[no-untyped-call]
+        volume.data, volume.affine
+    )
+    image.header["xyzt_units"] = 2  # mm
+    with _storage.replacing(path) as temporary:
+        nibabel.save(image, temporary)
+    write_json(_sidecar_of(path), {"BasisSHA256": basis_sha256})
+
+
+def recorded_basis(path: str | Path) -> str | None:
+    """The identity of the basis of coefficient images, if a sidecar beside them tells."""
+    sidecar = _sidecar_of(Path(path))
+    return read_json(sidecar).get("BasisSHA256") if sidecar.is_file() else None
+
+
+def _sidecar_of(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(_suffix(path)) + ".json")
+
+
+def read_tissue_maps() -> TissueMaps:
+    """The ICBM 2009a tissue probabilities and brain template that nilearn brings along, 1 mm.
+
+    Raises:
+        ModuleNotFoundError: nilearn is not installed.
+        UnreadableFileError: an installation of nilearn without these files.
+    """
+    # Found, not imported: nilearn takes seconds to load, and its files are all that is needed.
+    spec = importlib.util.find_spec("nilearn")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            "the digital brain needs the tissue maps of nilearn, which is not installed. "
+            'Install it: pip install "fisherprint[demo]"'
+        )
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    (grey, affine, _), (white, _, _), (template, _, _) = (
+        _read_nifti(folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz")
+        for kind in ("gm", "wm", "t1")
+    )
+    # Probabilities are stored as 0 to 255; the template is zero outside the brain.
+    return TissueMaps(
+        np.divide(grey, 255, dtype=np.float32),
+        np.divide(white, 255, dtype=np.float32),
+        template != 0,
+        affine,
+    )
+
+
+def write_maps(
+    maps: Maps,
+    folder: str | Path,
+    *,
+    volume: Volume,
+    parameters: Sequence[Parameter],
+    provenance: Mapping[str, Any],
+) -> list[Path]:
+    """Write each parameter as `<name>.nii.gz` (float32, SI units) and `<name>.json`.
+
+    The images have the volume's affine with its sform and qform codes, and NaN where there is no
+    estimate. The sidecar says the unit, the range, how many voxels there are and how many failed,
+    and where it all came from.
+
+    Args:
+        maps: maps of the volume, spatial axes (X, Y, Z).
+        folder: made if absent; files of the same name are replaced.
+        volume: the coefficient images that were mapped.
+        parameters: descriptions of at least the maps' parameters.
+        provenance: anything JSON can hold: versions, digests of the network and its data.
+
+    Returns:
+        The images' paths, in the order of the maps.
+
+    Raises:
+        KeyError: a map without a description.
+        ValueError: maps of another shape than the volume, or a provenance JSON cannot hold.
+    """
+    axes = [*zip("XYZ", volume.data.shape[:3], strict=True), ("E", len(maps.names))]
+    _checks.shape("the maps", maps.values, axes)
+    known = {parameter.name: parameter for parameter in parameters}
+    for name in maps.names:
+        _checks.index(name, tuple(known))
+    paths = []
+    for name in maps.names:
+        path = Path(folder) / f"{name}.nii.gz"
+        with _storage.replacing(path) as temporary:
+            nibabel.save(_as_nifti(maps[name], volume), temporary)
+        write_json(Path(folder) / f"{name}.json", _sidecar(maps, known[name], volume, provenance))
+        paths.append(path)
+    return paths
+
+
+def _suffix(path: Path) -> str:
+    name = path.name.lower()
+    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
+
+
+def _read_image(path: Path, key: str | None) -> _Image:
+    suffix = _suffix(path)
+    if key is not None and suffix not in _KEYED:
+        raise ValueError(f"{path} holds one array without a name; got the key {key!r}. Drop it.")
+    if suffix in _NIFTI:
+        return _Image(*_read_nifti(path))
+    if suffix in _BART:
+        return _Image(_read_bart(path))
+    if suffix == ".npy":
+        return _Image(_read_npy(path))
+    if suffix in _KEYED:
+        if key is None:
+            raise UnreadableFileError(
+                f"{path} needs the key of an array; it has "
+                f"{_checks.listing(_storage.array_names(path))}. Name one: --key."
+            )
+        return _Image(_storage.read_arrays(path, [key])[key])
+    raise UnreadableFileError(
+        f"expected an image as {_checks.listing((*_NIFTI, *_BART, '.npy', *_KEYED))}; got {path}."
+    )
+
+
+def _read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nibabel.Nifti1Header]:
+    _storage.require_file(path)
+    try:
+        if _suffix(path) == ".nii.gz":
+            # nibabel stops before the checksum, and damaged numbers would pass for images.
+            with gzip.open(path) as stream:
+                while stream.read(1 << 20):
+                    pass
+        image: Any = nibabel.load(path)
+        array = np.asarray(image.dataobj)
+    except (ImageFileError, HeaderDataError, OSError, ValueError, EOFError, zlib.error) as error:
+        raise UnreadableFileError(
+            f"expected a NIfTI image; {path} ({path.stat().st_size} bytes) is none or is "
+            f"damaged: {error}. Copy or export it again."
+        ) from error
+    return array, image.affine, image.header
+
+
+def _read_bart(path: Path) -> NDArray[np.complex64]:
+    """A BART array with its spatial axes and the coefficients: (X, Y, Z, K)."""
+    header, values = path.with_suffix(".hdr"), path.with_suffix(".cfl")
+    _storage.require_file(header)
+    _storage.require_file(values)
+    lines = header.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        dims = [int(word) for word in lines[lines.index("# Dimensions") + 1].split()]
+    except (ValueError, IndexError) as error:
+        raise UnreadableFileError(
+            f"expected a BART header with '# Dimensions' and a line of integers; {header} has "
+            "none. Write it again."
+        ) from error
+    size, expected = values.stat().st_size, 8 * math.prod(dims)
+    if size != expected or not dims:
+        raise UnreadableFileError(
+            f"expected {expected} bytes in {values} for the dimensions {dims} of {header.name}; "
+            f"got {size}. One of the two is truncated or belongs to other data."
+        )
+    dims += [1] * (len(_BART_AXES) - len(dims))
+    names = {axis: f"{axis} ({name})" for axis, name in enumerate(_BART_AXES)}
+    long = {axis: n for axis, n in enumerate(dims) if n > 1 and axis not in _BART_KEPT}
+    if long:
+        found = ", ".join(
+            f"axis {names.get(axis, axis)} of length {n}" for axis, n in long.items()
+        )
+        raise ValueError(
+            f"expected coefficient images along the BART axes 0, 1, 2 and 6; {values} has "
+            f"{found}. Combine the coils and choose one volume first."
+        )
+    array = np.fromfile(values, dtype="<c8").reshape(dims, order="F")
+    return array.reshape([dims[axis] for axis in _BART_KEPT], order="F")
+
+
+def _read_npy(path: Path) -> NDArray[np.generic]:
+    _storage.require_file(path)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UnreadableFileError(
+            f"expected a NumPy array; {path} ({path.stat().st_size} bytes) is none or is "
+            f"truncated: {error}. Save it again."
+        ) from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise UnreadableFileError(f"expected one NumPy array; {path} is an archive. Save one.")
+    return array
+
+
+def _coefficients_last(
+    array: NDArray[np.generic], rank: int | None, *, movable: bool, path: Path
+) -> NDArray[np.generic]:
+    if rank is None:
+        return array
+    last = array.ndim - 1
+    candidates = [axis for axis in ((0, last) if movable else (last,)) if axis >= 0]
+    found = [axis for axis in candidates if array.shape[axis] == rank]
+    if len(found) != 1:
+        where = " or ".join(f"axis {axis}" for axis in candidates)
+        raise ValueError(
+            f"expected {rank} coefficients along {where} of {path}; got the shape {array.shape}, "
+            + (
+                "in which both fit. Write it as .npy with the coefficients last."
+                if found
+                else "in which none fits. Do the images and the network share one basis?"
+            )
+        )
+    return np.moveaxis(array, found[0], -1)
+
+
+def _three_axes(array: NDArray[np.generic], n_last: int, path: Path) -> NDArray[np.generic]:
+    """Append single axes to the spatial ones, which stand before `n_last` others."""
+    n_spatial = array.ndim - n_last
+    if not 1 <= n_spatial <= 3:
+        raise ValueError(
+            f"expected one to three spatial axes{' and then the coefficients' * n_last} in {path};"
+            f" got the shape {array.shape}. Choose one volume."
+        )
+    return array.reshape(
+        *array.shape[:n_spatial], *[1] * (3 - n_spatial), *array.shape[n_spatial:]
+    )
+
+
+def _require_finite(data: NDArray[np.complex64], path: Path) -> None:
+    bad = ~np.isfinite(data)
+    bad[np.isnan(data).all(-1)] = False
+    if bad.any():
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"the coefficients of {path} must be finite, or all NaN in a voxel of the background; "
+            f"got {int(bad.sum())} other NaN or Inf of {data.size} values, the first at index "
+            f"{where}. Set those voxels to zero if they are background."
+        )
+    if not (np.isfinite(data) & (data != 0)).any():
+        raise ValueError(
+            f"expected signal in {path}; got zeros or NaN alone. Is it the right key?"
+        )
+
+
+def _as_nifti(
+    values: NDArray[np.float64], volume: Volume, dtype: type[np.generic] = np.float32
+) -> nibabel.Nifti1Image:
+    # nibabel announces types, but leaves this constructor without.
+    image = nibabel.Nifti1Image(  # type: ignore[no-untyped-call]
+        values.astype(dtype), volume.affine
+    )
+    if volume.header is not None:
+        for field in _GEOMETRY:
+            image.header[field] = volume.header[field]
+        # pixdim[0] is the sign of the quaternion's third axis.
+        image.header["pixdim"][:4] = volume.header["pixdim"][:4]
+        # The lowest three bits are the unit of space, the others that of time.
+        image.header["xyzt_units"] = volume.header["xyzt_units"] & 7
+    elif volume.affine is not None:
+        image.header["xyzt_units"] = 2  # mm
+    return image
+
+
+def _sidecar(
+    maps: Maps, parameter: Parameter, volume: Volume, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = maps[parameter.name]
+    finite = values[np.isfinite(values)]
+    return {
+        "Parameter": parameter.name,
+        "Unit": parameter.unit,
+        "DisplayUnit": parameter.display_unit,
+        "DisplayFactor": parameter.display_factor,
+        "Range": [float(finite.min()), float(finite.max())] if finite.size else None,
+        "NumberOfVoxels": int(maps.mask.sum()),
+        "NumberFailed": maps.n_failed,
+        "Source": None if volume.source is None else str(volume.source),
+        "Provenance": dict(provenance),
+    }
