@@ -66,7 +66,7 @@ def slow_forward(network: Network, c: np.ndarray) -> np.ndarray:
     return MEAN.astype(np.float32) + SPREAD.astype(np.float32) * y14
 
 
-@pytest.mark.paper("Fig. 2")
+@pytest.mark.paper("Fig. 2", "§2.5")
 def test_forward_is_fig_2_written_out(network: Network) -> None:
     c = coefficients(5)
     slow = np.array([slow_forward(network, voxel) for voxel in c])

@@ -65,6 +65,7 @@ def test_pulse_trains_are_drawn_in_degrees_and_microseconds_one_after_the_other(
     assert "(s)" in lower.get_xlabel()
 
 
+@pytest.mark.paper("Fig. 3")
 def test_convergence_draws_epochs_and_log_records_alike():
     log = [Epoch(n, 9.0 / n, 10.0 / n, {"crb": 10.0 / n}, 0.01 / n, 1.0, 5) for n in (1, 2, 3)]
     records = [{"number": e.number, "train_loss": e.train_loss} for e in log]
@@ -83,6 +84,7 @@ def test_convergence_draws_epochs_and_log_records_alike():
         report.convergence(log, "l2")
 
 
+@pytest.mark.paper("Fig. 7")
 def test_shares_against_snr_are_the_audits_in_order(audit):
     figure = report.loss_shares(audit, [TIME], training_snr=(10, 100))
     whole, one = figure.axes
@@ -100,6 +102,7 @@ def test_shares_against_snr_are_the_audits_in_order(audit):
     assert one.get_title() == TIME.symbol
 
 
+@pytest.mark.paper("Fig. 5", "Fig. 6")
 def test_histograms_count_finite_fingerprints_in_displayed_units(audit):
     audit.bias[0, :, 1] = np.linspace(-2e-3, 5e-3, 400)
     share, time = report.bias_histograms(audit, PARAMETERS, snr=50).axes
@@ -122,6 +125,7 @@ def test_histograms_count_finite_fingerprints_in_displayed_units(audit):
         report.bias_histograms(audit, [Parameter("Rx", "", "1/s", (0, 1))], snr=50)
 
 
+@pytest.mark.paper("Fig. 8")
 def test_shares_by_bound_are_bin_means_against_the_bound_in_displayed_units(audit):
     bound = np.sqrt(audit.crb[:, 1]) / 50
     # A variance share that grows with the bound: its mean over a bin is the mean of the bin's.

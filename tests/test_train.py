@@ -128,6 +128,7 @@ def test_validation_losses_are_those_of_the_network_on_noise_of_their_own(
     assert (np.abs(found - np.mean(draws, 0)) < 4 * np.std(draws, 0)).all()
 
 
+@pytest.mark.paper("§2.4")
 def test_augmentation_draws_what_the_paper_says() -> None:
     config = TrainingConfig(noise_std=0.02, scale_range=(0.1, 1.0))
     size = 20000
@@ -208,6 +209,7 @@ def test_every_field_of_the_config_matters(name: str, tiny_run: list[tuple[Epoch
     assert outcome(run(config)) != outcome(tiny_run)
 
 
+@pytest.mark.paper("§2.6")
 def test_learning_rate_halves_down_to_the_floor_after_the_warm_up() -> None:
     config = TrainingConfig(halve_every=40, warmup_steps=200, learning_rate_floor=1e-5)
     for epoch, expected in ((2, 0.01), (40, 0.01), (41, 0.005), (81, 0.0025), (1000, 1e-5)):

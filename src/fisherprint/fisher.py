@@ -53,7 +53,8 @@ def information(
     """
     rows = np.concatenate([jacobian.mT, signal[:, None], 1j * signal[:, None]], axis=1)
     # Re(Gᴴ G) is the product of real and imaginary parts side by side, one after the other in T.
-    parts = rows.astype(np.complex128, copy=False).view(np.float64)
+    # (Where all its arguments are transposed, `concatenate` returns a transposed array.)
+    parts = np.ascontiguousarray(rows, dtype=np.complex128).view(np.float64)
     return (parts @ parts.mT) / noise_std**2
 
 

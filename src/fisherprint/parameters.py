@@ -56,14 +56,31 @@ class TruncatedNormal:
                 "a truncated normal needs a finite mean and low < high; got "
                 f"mean {self.mean}, low {self.low}, high {self.high}."
             )
+        below, above = self._probabilities()
+        if not below < above:
+            raise ValueError(
+                f"a truncated normal needs limits within reach of its mean {self.mean} ± "
+                f"{self.std}; got low {self.low}, high {self.high}, between which there is no "
+                "probability. Move the mean, or use a uniform distribution."
+            )
 
     def sample(self, size: int, *, rng: Generator) -> NDArray[np.float64]:
         """`size` draws by inversion of the cumulative distribution."""
-        below = ndtr((self.low - self.mean) / self.std)
-        above = ndtr((self.high - self.mean) / self.std)
-        draws = self.mean + self.std * ndtri(rng.uniform(below, above, size))
+        draws = self.mean + self._side * self.std * ndtri(
+            rng.uniform(*self._probabilities(), size)
+        )
         # Inversion rounds to a hair outside the limits at their very edge.
         return np.clip(draws, self.low, self.high)
+
+    @property
+    def _side(self) -> int:
+        """-1 where both limits lie above the mean: probabilities near 1 have no digits left."""
+        return -1 if self.low > self.mean else 1
+
+    def _probabilities(self) -> tuple[float, float]:
+        limits = self._side * (np.array([self.low, self.high]) - self.mean) / self.std
+        below, above = np.sort(ndtr(limits))
+        return float(below), float(above)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, eq=False)
 class PulseTrain:
-    """One or several trains of radio-frequency pulses, each repeated for ever.
+    """One or several trains of radio-frequency pulses, each repeated for ever (§2.8).
 
     The first pulse of each train is the inversion. The phase of all others alternates by π.
     Several trains are several cycles: each is periodic by itself, and their signals stand one
@@ -259,12 +259,13 @@ def _read_toml(path: Path) -> _Contents:
             raise _storage.UnreadableFileError(
                 f"expected the key {key!r} in {path}; it has {_checks.listing(content)}."
             )
-    return (
-        content["flip_angle"],
-        content["pulse_duration"],
-        content["repetition_time"],
-        content.get("inversion"),
-    )
+    time = content["repetition_time"]
+    if not isinstance(time, float | int):
+        raise ValueError(
+            f"expected the repetition time in s as a number in {path}; got {time!r}. "
+            "Write it without quotes."
+        )
+    return content["flip_angle"], content["pulse_duration"], time, content.get("inversion")
 
 
 def _agreed(what: str, own: _T | None, asked: _T | None, path: Path) -> _T | None:
@@ -277,6 +278,8 @@ def _agreed(what: str, own: _T | None, asked: _T | None, path: Path) -> _T | Non
 
 def _as_trains(name: str, values: ArrayLike) -> NDArray[np.float64]:
     try:
+        if np.iscomplexobj(values):
+            raise TypeError("complex ones; the phase alternates by π and is not given")
         array = np.array(values, dtype=np.float64, ndmin=2)
     except (TypeError, ValueError) as error:
         raise ValueError(
@@ -294,6 +297,7 @@ def _as_trains(name: str, values: ArrayLike) -> NDArray[np.float64]:
 
 def _duration_hint(duration: NDArray[np.float64], repetition_time: float) -> str:
     for factor, unit in ((1e-3, "ms"), (1e-6, "µs")):
-        if duration.max() * factor < repetition_time:
+        # A wrong unit makes all pulses too long, not one of them.
+        if np.median(duration) > repetition_time > factor * duration.max():
             return f"Are the durations in {unit}?"
     return "Shorten the pulses."

@@ -102,8 +102,10 @@ def fit(
     for batch in [signal] if isinstance(signal, np.ndarray) else signal:
         _checks.finite("signal", batch)
         _checks.shape("signal", batch, [("S", None), ("T", len(gram) or None)])
+        # The squares of single-precision signals need double precision.
+        batch = np.asarray(batch, dtype=np.complex128)
         product = batch.T @ batch.conj()
-        gram = gram + product if size else np.asarray(product, dtype=np.complex128)
+        gram = gram + product if size else product
         size += len(batch)
     if not 1 <= rank <= min(size, len(gram)):
         raise ValueError(
