@@ -1,4 +1,4 @@
-"""What a pulse train can tell: the bound of each parameter, of the signal and of 13 coefficients."""
+"""What a pulse train can tell: the bound of each parameter, from all samples and in a subspace."""
 
 # %% A train, a model, and a tissue in SI units
 import numpy as np

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -241,16 +240,16 @@ def main() -> None:
     """Run the command line: exit code 0, 2 (wrong call or bad input) or 130 (interrupted)."""
     arguments = sys.argv[1:]
     try:
-        app(args=arguments, prog_name="fisherprint", standalone_mode=False)
-    except (KeyboardInterrupt, click.Abort):
+        app(args=arguments, prog_name="fisherprint")
+    except SystemExit as leaving:
+        # What typer makes of a KeyboardInterrupt.
+        if leaving.code != 130:
+            raise
         print("interrupted; finished epochs and stages are kept", file=sys.stderr)
         # Leave at once: threads of compiled code may still be busy.
         sys.stderr.flush()
         os._exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (ValueError, KeyError, OSError, ArithmeticError) as error:
+    except (ValueError, KeyError, OSError, ArithmeticError, ImportError) as error:
         if "--debug" in arguments:
             raise
         # A KeyError shows its message as a literal.

@@ -44,6 +44,15 @@ class SequenceSection(_Section):
     repetition_time: float | None = Field(None, gt=0, description="TR in s")
     inversion: Inversion | None = Field(None, description="crushed or spoiled")
 
+    @model_validator(mode="after")
+    def _describe_a_file(self) -> SequenceSection:
+        if self.path is None and not (self.repetition_time is None and self.inversion is None):
+            raise ValueError(
+                "expected a path with repetition_time or inversion; got none, and the bundled "
+                "train has its own. Name a file, or drop both."
+            )
+        return self
+
 
 class ModelSection(_Section):
     """The two-pool model."""
@@ -195,24 +204,31 @@ def open_run(folder: Path) -> Run:
 
 
 def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
-    """Make a run folder, or take one of the same experiment.
+    """Make a run folder, or take one of the same experiment or without results.
 
     Raises:
-        OutputExistsError: the folder holds another experiment; `force` removes its results.
+        OutputExistsError: the folder holds results of another experiment; `force` removes them.
     """
     path = folder / "experiment.toml"
-    if path.is_file() and not force and open_run(folder).experiment != experiment:
-        raise files.OutputExistsError(
-            f"{folder} holds a run of another experiment. Choose another folder, or replace the "
-            "run with --force."
-        )
     run = Run(folder, experiment)
     if force:
         forget_training(run)
         for product in (run.dataset, run.audit, run.maps / "summary.json", run.report):
             product.unlink(missing_ok=True)
+    elif run.dataset.exists():
+        if _asked_for(open_run(folder).experiment) != _asked_for(experiment):
+            raise files.OutputExistsError(
+                f"{folder} holds a run of another experiment. Choose another folder, or replace "
+                "the run with --force."
+            )
+        return open_run(folder)
     files.write_toml(path, experiment.model_dump(mode="json", exclude_none=True))
     return run
+
+
+def _asked_for(experiment: Experiment) -> dict[str, Any]:
+    """All that decides the results: with absolute paths, the folder of the paths does not."""
+    return experiment.model_dump(exclude={"data"})
 
 
 def require_absent(product: Path) -> None:
@@ -280,7 +296,8 @@ def train_run(run: Run, *, resume: bool, say: Say, progress: Progress) -> None:
     """Stage 2: train from the start or from the last epoch; then write weights and card.
 
     Raises:
-        OutputExistsError: there are epochs of an earlier training and `resume` is not given.
+        OutputExistsError: there are epochs of an earlier training and `resume` is not given, or
+            its network without the checkpoint to go on from.
     """
     config = run.experiment.training
     data, pulses = files.read_dataset(run.dataset)
@@ -293,6 +310,8 @@ def train_run(run: Run, *, resume: bool, say: Say, progress: Progress) -> None:
             )
         state = _read_state(run.checkpoint, config)
         say(f"resuming after epoch {state.epochs} of {config.epochs}")
+    else:
+        require_absent(run.network / "card.json")
     done = state.epochs if state else 0
     # A kill between the two writes leaves an epoch in the log that the checkpoint lacks.
     log = files.read_jsonl(run.log) if run.log.exists() else []
@@ -314,6 +333,10 @@ def train_run(run: Run, *, resume: bool, say: Say, progress: Progress) -> None:
             f"validation {epoch.validation_loss:.4g}"
         )
     if state is not None:
+        if state.epochs > done:
+            # Results of other weights, if there are any.
+            for product in (run.audit, run.maps / "summary.json"):
+                product.unlink(missing_ok=True)
         files.save_network(run.network, state.weights, _card(run, data, pulses))
 
 
@@ -444,8 +467,13 @@ def map_run(
     regions = {"all": result.mask}
     longitudinal = next((name for name in ("T1f", "T1") if name in estimated), None)
     if "m0s" in estimated and longitudinal is not None:
-        regions["white matter"] = maps.white_matter(result["m0s"], result[longitudinal])
-        files.write_mask(out / "white_matter.nii.gz", regions["white matter"], volume=volume)
+        try:
+            white = maps.white_matter(result["m0s"], result[longitudinal])
+        except ValueError as error:
+            say(f"no white matter found: {error}")
+        else:
+            regions["white matter"] = white
+            files.write_mask(out / "white_matter.nii.gz", white, volume=volume)
     statistics = {name: _statistics(result, inside) for name, inside in regions.items()}
     files.write_json(
         out / "summary.json",
@@ -455,6 +483,9 @@ def map_run(
     for region, numbers in statistics.items():
         for name in estimated:
             parameter, value = PARAMETERS[name], numbers[name]
+            if value["median"] is None:
+                say(f"{region}: {name} failed everywhere")
+                continue
             low, median, high = (parameter.display_factor * value[key] for key in QUARTILES)
             say(f"{region}: {name} {median:.4g} [{low:.4g}, {high:.4g}] {parameter.display_unit}")
 
@@ -492,7 +523,10 @@ def make_brain(run: Run, *, progress: Progress) -> MapSection:
     )
     for tissue, share in zip(brain.tissues, np.moveaxis(brain.fractions, -1, 0), strict=True):
         path = run.brain / "tissues" / f"{tissue.replace(' ', '_')}.nii.gz"
-        files.write_mask(path, share > _PURE, volume=volume)
+        path.unlink(missing_ok=True)
+        # Large voxels leave small tissues without a pure one.
+        if (share > _PURE).any():
+            files.write_mask(path, share > _PURE, volume=volume)
     files.write_mask(run.brain / "mask.nii.gz", brain.mask, volume=volume)
     return MapSection(coefficients=coefficients, mask=run.brain / "mask.nii.gz")
 
@@ -561,7 +595,7 @@ def run_all(run: Run, *, say: Say, progress: Progress) -> Path:
 
         def map_stage() -> None:
             section = run.experiment.map or make_brain(run, progress=progress)
-            map_run(run, section, run.maps, force=True, say=say, progress=progress)
+            map_run(run, section, run.maps, say=say, progress=progress)
 
         stages.append(("map", run.maps / "summary.json", map_stage))
     for name, product, stage in stages:
@@ -599,11 +633,13 @@ def _explained(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "(top level)"
-        hint = (
-            " (an unknown name; check its spelling)" if item["type"] == "extra_forbidden" else ""
-        )
+        if item["type"] == "value_error":  # ours, which says what it got
+            lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
+            continue
+        unknown = item["type"] == "extra_forbidden"
+        hint = " (an unknown name; check its spelling)" if unknown else ""
         lines.append(f"{field}: {item['msg']}{hint}; got {item['input']!r}")
-    return "expected another content:\n  " + "\n  ".join(lines)
+    return "expected another content; correct these fields:\n  " + "\n  ".join(lines)
 
 
 def _resolved(experiment: Experiment, folder: Path) -> Experiment:
@@ -724,19 +760,22 @@ def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
     estimate = files.read_maps(run.maps, [parameter.name for parameter in described])
     affine = estimate.affine
     if run.experiment.brain is None:
-        white = files.read_mask(run.maps / "white_matter.nii.gz", estimate.mask.shape)
-        table = report.roi_table(
-            estimate.maps,
-            {"white matter": white},
-            described,
-            expected={"white matter": _EXPECTED_WHITE_MATTER},
-        )
-        caption = (
-            "Each voxel estimated by itself. White matter is found from the joint mode of m0s and "
-            "T1 alone; beside its medians and quartiles stand values of the literature at 3 T."
-        )
-        figure = report.map_panel(estimate.maps, described, affine=affine)
-        return [report.Section("Parameter maps", caption, [figure, table])]
+        figure, tables = report.map_panel(estimate.maps, described, affine=affine), []
+        caption = "Each voxel estimated by itself."
+        if "white matter" in files.read_json(run.maps / "summary.json")["regions"]:
+            caption += (
+                " White matter is found from the joint mode of m0s and T1 alone; beside its "
+                "medians and quartiles stand values of the literature at 3 T."
+            )
+            white = files.read_mask(run.maps / "white_matter.nii.gz", estimate.mask.shape)
+            table = report.roi_table(
+                estimate.maps,
+                {"white matter": white},
+                described,
+                expected={"white matter": _EXPECTED_WHITE_MATTER},
+            )
+            tables.append(table)
+        return [report.Section("Parameter maps", caption, [figure, *tables])]
     truth = files.read_maps(run.brain / "truth", [parameter.name for parameter in described])
     regions = {
         path.name.removesuffix(".nii.gz").replace("_", " "): files.read_mask(

@@ -114,6 +114,8 @@ def crb(
     _checks.positive("noise_std", noise_std)
     _checks.shape("signal", signal, [("S", None), ("T", None)])
     _checks.shape("jacobian", jacobian, [("S", len(signal)), ("T", signal.shape[1]), ("P", None)])
+    _checks.finite("signal", signal)
+    _checks.finite("jacobian", jacobian)
     matrices = information(signal, jacobian, noise_std=noise_std)
     result = bounds(matrices)[:, : jacobian.shape[-1]]
     hopeless = np.flatnonzero(np.isinf(result).all(axis=0)) if len(result) else ()

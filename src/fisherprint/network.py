@@ -20,7 +20,7 @@ _SKIPS = {7: 3, 9: 2, 11: 1, 12: 0}
 
 
 class Network(nn.Module):
-    """14 linear layers, all but the last with group normalization and ReLU (Fig. 2).
+    """14 linear layers, all but the last with group normalization and ReLU (§2.5, Fig. 2).
 
     Widths 2K-128-256-512-1024-768-640-512-384-256-192-128-2K-10-E. Skip connections add the output
     of an earlier layer of equal width (512, 256, 128; at the end the normalized input)

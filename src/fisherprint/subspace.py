@@ -83,7 +83,7 @@ class Basis:
 def fit(
     signal: NDArray[np.complexfloating] | Iterable[NDArray[np.complexfloating]], *, rank: int
 ) -> Basis:
-    """The `rank` right singular vectors of signals (S, T) with the largest singular values.
+    """The right singular vectors of signals (S, T) with the largest singular values (§2.4).
 
     They are eigenvectors of the T x T matrix Σ_s s sᴴ, which is accumulated over batches, so that
     the signals need not be held at once. Squaring costs half of the digits: a vector whose

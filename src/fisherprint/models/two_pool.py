@@ -114,6 +114,11 @@ class TwoPool:
             if name in _AS_RATE:
                 # d/dT = -1/T² d/dR
                 result[:, 1 + column] /= -(theta[:, None, column] ** 2)
+        # Without a semi-solid pool nothing depends on its relaxation and exchange; the rounding that
+        # would remain, 1e-18, has no scale by which anybody could tell it from a derivative.
+        empty = theta[:, self.index("m0s")] == 0
+        for name in {"Rx", "T1s", "T2s"}.intersection(self.names):
+            result[empty, 1 + self.index(name)] = 0
         return Fingerprints(theta, result[:, 0], result[:, 1:].mT)
 
     def signal(self, theta: ArrayLike) -> NDArray[np.complex128]:

@@ -1,0 +1,453 @@
+"""Experiments: the schema, the stages over a run folder, and that every option does something."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+import torch
+from pydantic import BaseModel, ValidationError
+
+from fisherprint import experiment as stages
+from fisherprint import files, maps, sequence
+from fisherprint.experiment import Experiment, ExperimentError, Run
+from fisherprint.files import OutputExistsError
+from fisherprint.parameters import TruncatedNormal, Uniform
+from fisherprint.reconstruct.phantom import TissueMaps
+
+SHAPE = (7, 5, 2)
+RANK = 6
+
+
+def silent(*_: object) -> None:
+    """Takes what a stage says and keeps it to itself."""
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables with some entries replaced."""
+    result = dict(base)
+    for key, value in change.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+def read(folder: Path, content: dict[str, Any], **options: Any) -> Experiment:
+    """The experiment of a TOML file in the folder."""
+    files.write_toml(folder / "experiment-of-a-test.toml", content)
+    return stages.read(folder / "experiment-of-a-test.toml", **options)
+
+
+TINY = {
+    "sequence": {"path": "train.mat", "repetition_time": 3.5e-3},
+    "simulation": {"training": 128, "validation": 32, "test": 32, "rank": RANK},
+    "training": {
+        "estimated": ["m0s", "T2f"],
+        "epochs": 1,
+        "batch_size": 64,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+    },
+    "evaluation": {"snr": [20, 50], "n_noise": 10, "fingerprints": 8},
+}
+MAP = {"map": {"coefficients": "images.h5", "key": "x"}}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two trains, two bases, two sets of images and two masks."""
+    folder = tmp_path_factory.mktemp("inputs")
+    i = np.arange(1, 40)
+    angle = np.r_[np.pi, 0.1 + np.sin(np.pi * i / 40) ** 2]
+    duration = np.r_[500e-6, 1e-6 * (150 + 8 * i)]
+    for name, scale in (("train", 1.0), ("other", 0.9)):
+        scaled = np.r_[np.pi, scale * angle[1:]]
+        scipy.io.savemat(folder / f"{name}.mat", {"alpha": scaled, "TRF": duration})
+    rng = np.random.default_rng(5)
+    with h5py.File(folder / "basis.h5", "w") as file:
+        for key in ("U", "V"):
+            file[key] = np.linalg.qr(rng.normal(size=(40, RANK)))[0]
+    for name in ("images", "others"):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            for key in ("x", "y"):
+                file[key] = rng.normal(size=(*SHAPE, RANK, 2)) @ [1, 1j]
+            for key in ("inside", "left"):
+                file[key] = rng.random(SHAPE) < 0.5
+    np.save(folder / "mask.npy", rng.random(SHAPE) < 0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with a data set and a network; tests must leave it as it is."""
+    run = stages.start(read(inputs, TINY), tmp_path_factory.mktemp("trained"))
+    stages.simulate_run(run, progress=silent)
+    stages.train_run(run, resume=False, say=silent, progress=silent)
+    return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of that run."""
+    return Run(shutil.copytree(trained.folder, tmp_path / "run"), trained.experiment)
+
+
+# The schema.
+
+
+def test_the_demo_needs_no_files() -> None:
+    demo = stages.read(None)
+    assert demo.sequence.path is None and demo.brain is not None
+    assert stages.pulse_train(demo).digest == sequence.bundled().digest
+
+
+def test_paths_are_relative_to_the_data_folder_and_that_to_the_file(tmp_path: Path) -> None:
+    content = merged(TINY, {"data": "data", "simulation": {"basis": "basis.h5"}} | MAP)
+    for options, folder in (({}, tmp_path / "data"), ({"data": tmp_path / "x"}, tmp_path / "x")):
+        experiment = read(tmp_path, content, **options)
+        assert experiment.sequence.path == folder / "train.mat"
+        assert experiment.simulation.basis == folder / "basis.h5"
+        assert experiment.map.coefficients == folder / "images.h5"
+        assert experiment.map.mask is None
+    absolute = merged(content, {"sequence": {"path": "/elsewhere/train.mat"}})
+    assert read(tmp_path, absolute).sequence.path == Path("/elsewhere/train.mat")
+
+
+def test_an_experiment_survives_its_file(inputs: Path, tmp_path: Path) -> None:
+    prior = {
+        "B1": {"mean": 1.0, "std": 0.1},  # without limits, that is, infinite ones
+        "T2f": {"low": 0.01, "high": 0.2},
+    }
+    experiment = read(inputs, merged(TINY, {"prior": prior, "title": "É ≠ E"} | MAP))
+    assert experiment.prior["B1"] == TruncatedNormal(1.0, 0.1)
+    assert experiment.prior["T2f"] == Uniform(0.01, 0.2)
+    stages.start(experiment, tmp_path)
+    assert stages.open_run(tmp_path).experiment == experiment
+
+
+def test_the_prior_replaces_the_papers_in_its_order() -> None:
+    experiment = Experiment(prior={"T2f": Uniform(0.01, 0.2)})
+    prior = stages.prior(experiment, 3.5e-3)
+    assert prior.names == experiment.model.parameters
+    assert prior.distributions["T2f"] == Uniform(0.01, 0.2)
+    assert prior.distributions["B0"] == Uniform(-np.pi / 3.5e-3, np.pi / 3.5e-3)
+    assert prior.ordered == (("T2f", "T1"),)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sequence": {"path": None, "inversion": "spoiled"}},
+        {"sequence": {"path": None, "repetition_time": 3.5e-3}},
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="expected a path"):
+        Experiment.model_validate(change)
+
+
+# Every option does something. What each field changes, and how that shows.
+
+
+def data_set(run: Run) -> list[np.ndarray]:
+    stages.simulate_run(run, progress=silent)
+    data, pulses = files.read_dataset(run.dataset)
+    arrays = [data.basis.vectors, pulses.flip_angle, np.array(data.names)]
+    for samples in data.samples.values():
+        arrays += [samples.theta, samples.coefficients, samples.crb_coefficients]
+    return arrays
+
+
+def weights(run: Run) -> list[np.ndarray]:
+    stages.train_run(run, resume=False, say=silent, progress=silent)
+    return [tensor.detach().numpy() for tensor in stages.load_network(run.network)[0].parameters()]
+
+
+def audit(run: Run) -> list[np.ndarray]:
+    stages.evaluate_run(run, say=silent, progress=silent)
+    result, score = files.read_audit(run.audit)
+    return [result.snr, result.bias, result.variance, score.loss_by_parameter]
+
+
+def mapped(run: Run) -> list[np.ndarray]:
+    stages.map_run(run, run.experiment.map, run.maps, say=silent, progress=silent)
+    # NaN is not equal to itself.
+    return [np.nan_to_num(files.read_maps(run.maps, ["m0s", "T2f"]).maps.values, nan=-1)]
+
+
+def brain(run: Run) -> list[np.ndarray]:
+    section = stages.make_brain(run, progress=silent)
+    return [files.read_coefficients(section.coefficients).data]
+
+
+def page(run: Run) -> list[np.ndarray]:
+    return [np.array(stages.report_run(run).read_text())]
+
+
+def train_file(run: Run) -> list[np.ndarray]:
+    return [stages.pulse_train(run.experiment).flip_angle]
+
+
+BASIS = {"simulation": {"basis": "basis.h5"}}
+INSIDE = merged(MAP, {"map": {"mask_key": "inside"}})
+SPLIT = ["m0s", "T1f", "T1s", "T2f", "Rx", "T2s", "B0", "B1"]
+# Field: where it shows, the experiment without the change (beyond TINY), and the change.
+FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[str, Any]]] = {
+    "title": (page, {}, {"title": "Another"}),
+    "data": (train_file, {}, {"data": "elsewhere"}),
+    "sequence.path": (data_set, {}, {"sequence": {"path": "other.mat"}}),
+    "sequence.repetition_time": (data_set, {}, {"sequence": {"repetition_time": 4e-3}}),
+    "sequence.inversion": (data_set, {}, {"sequence": {"inversion": "spoiled"}}),
+    "model.parameters": (data_set, {}, {"model": {"parameters": SPLIT}}),
+    "prior": (data_set, {}, {"prior": {"B1": {"mean": 1.0, "std": 0.1, "high": 1.4}}}),
+    "simulation.training": (data_set, {}, {"simulation": {"training": 129}}),
+    "simulation.validation": (data_set, {}, {"simulation": {"validation": 33}}),
+    "simulation.test": (data_set, {}, {"simulation": {"test": 33}}),
+    "simulation.rank": (data_set, {}, {"simulation": {"rank": RANK + 1}}),
+    "simulation.basis": (data_set, {}, BASIS),
+    "simulation.basis_key": (data_set, BASIS, {"simulation": {"basis_key": "V"}}),
+    "simulation.seed": (data_set, {}, {"simulation": {"seed": 1}}),
+    # Its own fields: tests/test_train.py.
+    "training": (weights, {}, {"training": {"seed": 1}}),
+    "evaluation.snr": (audit, {}, {"evaluation": {"snr": [20, 51]}}),
+    "evaluation.n_noise": (audit, {}, {"evaluation": {"n_noise": 11}}),
+    "evaluation.fingerprints": (audit, {}, {"evaluation": {"fingerprints": 9}}),
+    "evaluation.seed": (audit, {}, {"evaluation": {"seed": 3}}),
+    "map.coefficients": (mapped, MAP, {"map": {"coefficients": "others.h5"}}),
+    "map.key": (mapped, MAP, {"map": {"key": "y"}}),
+    "map.mask": (mapped, INSIDE, {"map": {"mask": "mask.npy"}}),
+    "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
+    "brain.snr": (brain, {"brain": {}}, {"brain": {"snr": 51.0}}),
+    "brain.voxel_size": (brain, {"brain": {}}, {"brain": {"voxel_size": 60.0}}),
+    "brain.seed": (brain, {"brain": {}}, {"brain": {"seed": 3}}),
+}
+
+
+def fields() -> list[str]:
+    """All options of an experiment, but for those of the training."""
+    names = []
+    for name, field in Experiment.model_fields.items():
+        types = (field.annotation, *get_args(field.annotation))
+        sections = [t for t in types if inspect.isclass(t) and issubclass(t, BaseModel)]
+        if sections and name != "training":
+            names += [f"{name}.{inner}" for inner in sections[0].model_fields]
+        else:
+            names.append(name)
+    return names
+
+
+def synthetic_tissues() -> TissueMaps:
+    """A head of white matter in grey matter in fluid, on a grid of 50 mm: sampled in no time."""
+    x = np.stack(np.meshgrid(*[np.arange(-125.0, 126.0, 50)] * 3, indexing="ij"), -1)
+    radius = np.linalg.norm(x, axis=-1)
+    affine = np.diag([50.0, 50.0, 50.0, 1.0])
+    affine[:3, 3] = -125
+    white = (radius < 50).astype(np.float32)
+    grey = ((radius >= 50) & (radius < 80)).astype(np.float32)
+    return TissueMaps(grey, white, radius < 150, affine)
+
+
+@pytest.mark.parametrize("name", fields())
+def test_every_field_matters(
+    name: str, inputs: Path, trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert name in FIELDS, f"add {name} to FIELDS: what does it change?"
+    observe, given, change = FIELDS[name]
+    monkeypatch.setattr(files, "read_tissue_maps", synthetic_tissues)
+    base = merged(TINY, given)
+    if "brain" in base:
+        base = merged({"brain": {"voxel_size": 50.0}}, base)
+    (inputs / "elsewhere").mkdir(exist_ok=True)
+    shutil.copy(inputs / "other.mat", inputs / "elsewhere" / "train.mat")
+    results = []
+    for number, content in enumerate((base, base, merged(base, change))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if observe is not data_set:
+            (folder / "dataset.h5").symlink_to(trained.dataset)
+        if observe in (audit, mapped):
+            (folder / "network").symlink_to(trained.network)
+        results.append(observe(Run(folder, read(inputs, content))))
+    first, again, changed = results
+    same = [np.array_equal(a, b) for a, b in zip(first, again, strict=True)]
+    assert all(same), "the same experiment must give the same result"
+    kept = [np.array_equal(a, b) for a, b in zip(first, changed, strict=True)]
+    assert not all(kept)
+
+
+def test_every_entry_of_the_table_is_a_field() -> None:
+    assert list(FIELDS) == fields()
+
+
+# The run folder.
+
+
+def test_a_folder_without_results_may_change_its_experiment(inputs: Path, tmp_path: Path) -> None:
+    stages.start(read(inputs, TINY), tmp_path)
+    other = read(inputs, merged(TINY, {"simulation": {"rank": 5}}))
+    assert stages.start(other, tmp_path).experiment == other
+    assert stages.open_run(tmp_path).experiment == other
+
+
+def test_the_same_experiment_from_another_folder_is_the_same(run: Run, tmp_path: Path) -> None:
+    """Only what the paths name counts, not from where they are counted."""
+    path = str(run.experiment.sequence.path)
+    content = merged(TINY, {"sequence": {"path": path}})
+    before = (run.folder / "experiment.toml").read_bytes()
+    assert stages.start(read(tmp_path, content), run.folder).folder == run.folder
+    assert (run.folder / "experiment.toml").read_bytes() == before
+    with pytest.raises(OutputExistsError, match="another experiment"):
+        stages.start(read(tmp_path, TINY), run.folder)
+
+
+def test_only_a_run_folder_can_be_opened(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="has none"):
+        stages.open_run(tmp_path)
+    stages.start(read(inputs, TINY), tmp_path)
+    (tmp_path / "experiment.toml").write_text("rank = [")
+    with pytest.raises(files.UnreadableFileError, match="cannot be parsed"):
+        stages.open_run(tmp_path)
+
+
+def test_more_epochs_replace_what_the_shorter_training_gave(run: Run) -> None:
+    """An audit must be one of the weights beside it."""
+    before = audit(run)
+    more = read(run.folder, merged(TINY, {"training": {"epochs": 2}}))
+    longer = Run(run.folder, more)
+    said: list[str] = []
+    stages.train_run(longer, resume=True, say=said.append, progress=silent)
+    assert said[0] == "resuming after epoch 1 of 2"
+    assert not run.audit.exists()
+    assert not all(map(np.array_equal, before, audit(longer)))
+    # Nothing left to train: nothing to replace.
+    stages.train_run(longer, resume=True, say=silent, progress=silent)
+    assert run.audit.exists()
+
+
+def test_a_resumed_training_must_be_the_same(run: Run, inputs: Path) -> None:
+    other = read(inputs, merged(TINY, {"training": {"seed": 1, "epochs": 2}}))
+    with pytest.raises(ValueError, match="another seed"):
+        stages.train_run(Run(run.folder, other), resume=True, say=silent, progress=silent)
+
+
+def test_an_epoch_that_only_the_log_has_is_trained_again(run: Run, inputs: Path) -> None:
+    """A kill between the two writes: the log is ahead of the checkpoint."""
+    longer = Run(run.folder, read(inputs, merged(TINY, {"training": {"epochs": 2}})))
+    (record,) = files.read_jsonl(run.log)
+    files.append_jsonl(run.log, record | {"number": 2, "train_loss": -1.0})
+    stages.train_run(longer, resume=True, say=silent, progress=silent)
+    log = files.read_jsonl(run.log)
+    assert [epoch["number"] for epoch in log] == [1, 2]
+    assert log[0] == record and log[1]["train_loss"] > 0
+
+
+def test_the_summary_in_text_is_the_audit(run: Run) -> None:
+    stages.evaluate_run(run, say=silent, progress=silent)
+    result, score = files.read_audit(run.audit)
+    lines = stages.summary(result, score)
+    assert f"{score.loss:.3f} ± {score.standard_error:.3f}" in lines[0]
+    shares = result.mean_shares()
+    for q, line in enumerate(lines[2:]):
+        printed = [float(word) for word in line.split()]
+        expected = [
+            *(result.snr[q], shares.bias[q], shares.variance[q]),
+            shares.bias[q] + shares.variance[q],
+        ]
+        # Three decimals are printed.
+        assert printed == pytest.approx(expected, abs=5.01e-4)
+
+
+# Maps.
+
+
+def test_maps_that_fail_everywhere_are_said_to(run: Run) -> None:
+    images = np.zeros((3, 2, 1, RANK), dtype=np.complex64)
+    images[0] = 1
+    np.save(run.folder / "x.npy", images)
+    np.save(run.folder / "mask.npy", images[..., 0] == 0)
+    section = stages.MapSection(coefficients=run.folder / "x.npy", mask=run.folder / "mask.npy")
+    said: list[str] = []
+    stages.map_run(run, section, run.maps, say=said.append, progress=silent)
+    assert "4 voxels mapped, 4 failed" in said
+    assert "all: m0s failed everywhere" in said
+    summary = files.read_json(run.maps / "summary.json")
+    assert summary["failed_voxels"] == summary["regions"]["all"]["voxels"] == 4
+
+
+@pytest.mark.parametrize(
+    ("estimated", "found"), [(("m0s", "T1"), True), (("m0s", "T2f"), False), (("T1",), False)]
+)
+def test_white_matter_is_shown_where_it_can_be_found(
+    trained: Run, inputs: Path, tmp_path: Path, estimated: tuple[str, ...], found: bool
+) -> None:
+    """It needs m0s and T1; without them there are maps and a report all the same."""
+    content = merged(TINY, {"training": {"estimated": list(estimated)}} | MAP)
+    run = Run(tmp_path, read(inputs, content))
+    shutil.copy(trained.dataset, run.dataset)
+    weights(run)
+    stages.map_run(run, run.experiment.map, run.maps, say=silent, progress=silent)
+    assert (run.maps / "white_matter.nii.gz").exists() is found
+    regions = files.read_json(run.maps / "summary.json")["regions"]
+    assert ("white matter" in regions) is found
+    text = stages.report_run(run).read_text()
+    assert "Parameter maps" in text
+    assert ("joint mode of m0s and T1" in text) is found
+
+
+def test_what_is_no_brain_has_no_white_matter(run: Run, inputs: Path) -> None:
+    content = merged(TINY, {"training": {"estimated": ["m0s", "T1"]}} | MAP)
+    run = Run(run.folder, read(inputs, content))
+    stages.forget_training(run)
+    weights(run)
+    # A phantom of long T1.
+    network, card = stages.load_network(run.network)
+    state = network.state_dict() | {"output_mean": torch.tensor([0.0, 20.0])}
+    files.save_network(run.network, state, card)
+    said: list[str] = []
+    stages.map_run(run, run.experiment.map, run.maps, say=said.append, progress=silent)
+    assert any(line.startswith("no white matter found") for line in said)
+    assert list(files.read_json(run.maps / "summary.json")["regions"]) == ["all"]
+
+
+def tissue_modes(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """m0s and T1 of fluid, grey and white matter, and which one each voxel is (0, 1, 2)."""
+    sizes, m0s, T1 = (3000, 6000, 4000), (0.02, 0.10, 0.21), (3.5, 1.9, 1.3)
+    tissue = np.repeat(np.arange(3), sizes)
+    spread = rng.normal(size=(2, len(tissue)))
+    m0s_map = np.abs(np.array(m0s)[tissue] + 0.012 * spread[0])
+    return m0s_map, np.array(T1)[tissue] + 0.08 * spread[1], tissue
+
+
+def test_white_matter_is_the_mode_of_largest_m0s() -> None:
+    m0s, T1, tissue = tissue_modes(np.random.default_rng(11))
+    # White matter is neither the largest mode nor the only one; a few voxels beyond it are none.
+    m0s[:20], T1[:20] = 0.45, 0.6
+    m0s[20:40] = np.nan
+    T1[40:60] = np.nan
+    found = maps.white_matter(m0s, T1)
+    assert not found[tissue != 2].any()
+    # The half maximum of two independent Gaussians holds 1 - 1/2 of the voxels; smoothing by 3
+    # bins (0.015 and 75 ms, as wide as the tissue itself) widens it to 1 - (1/2)^(1 + 1.3) = 0.8.
+    assert found[tissue == 2].mean() == pytest.approx(0.8, abs=0.1)
+    # Medians of the part around the mode: its centre, ten standard errors of 3000 voxels.
+    assert np.median(m0s[found]) == pytest.approx(0.21, abs=10 * 0.012 / np.sqrt(3000))
+    assert np.median(T1[found]) == pytest.approx(1.3, abs=10 * 0.08 / np.sqrt(3000))
+    # Voxels are judged one by one: their order and shape do not matter.
+    square = maps.white_matter(m0s[::-1].reshape(130, 100), T1[::-1].reshape(130, 100))
+    np.testing.assert_array_equal(square.ravel()[::-1], found)
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1e3), (1e3, 1.0)])
+def test_white_matter_in_other_units_is_refused(factors: tuple[float, float]) -> None:
+    m0s, T1, _ = tissue_modes(np.random.default_rng(11))
+    with pytest.raises(ValueError, match=r"got none.*units"):
+        maps.white_matter(factors[0] * (m0s + 0.01), factors[1] * T1)
+    with pytest.raises(ValueError, match="T1 must have the axes"):
+        maps.white_matter(m0s, T1[:-1])

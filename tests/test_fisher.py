@@ -1,0 +1,303 @@
+import numpy as np
+import pytest
+
+import fisherprint as fp
+from fisherprint import fisher, subspace
+from fisherprint.fisher import SingularInformationError
+
+NAMES = ("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1")
+
+
+def slow_bounds(signal, jacobian, noise_std=1.0):
+    """Bounds of one signal (T,) with Jacobian (T, P): the covariance of linear least squares.
+
+    Real and imaginary parts stand below each other; the inverse of GᵀG is that of R in G = QR.
+    """
+    columns = [*jacobian.T, signal, 1j * signal]
+    G = np.array([np.r_[column.real, column.imag] for column in columns]).T
+    scale = np.linalg.norm(G, axis=0)
+    inverse = np.linalg.inv(np.linalg.qr(G / scale, mode="r"))
+    variance = noise_std**2 * (inverse**2).sum(axis=1) / scale**2
+    return variance[: jacobian.shape[1]]
+
+
+def random_problem(S=5, T=30, P=4, seed=0):
+    rng = np.random.default_rng(seed)
+    signal, jacobian = (
+        rng.normal(size=shape) + 1j * rng.normal(size=shape) for shape in ((S, T), (S, T, P))
+    )
+    return signal, jacobian
+
+
+@pytest.fixture(scope="module")
+def voxels(short_train, white_matter):
+    """Twenty fingerprints of the two-pool model."""
+    rng = np.random.default_rng(0)
+    return fp.TwoPool(short_train).simulate(white_matter * rng.uniform(0.8, 1.2, (20, 7)))
+
+
+@pytest.mark.paper("§2.1")
+def test_decaying_oscillation_in_closed_form():
+    # s = exp((iω - R) t) at t = 0, d, 2d ...: with q = exp(-2 R d) and the sums Σ qⁿ, Σ n qⁿ,
+    # Σ n² qⁿ, CRB(R) = CRB(ω) = σ² (1-q)³ / (q d²) if M0 is complex and unknown.
+    R, ω, d, σ = 3.0, 40.0, 0.02, 0.1
+    t = d * np.arange(400)
+    s = np.exp((1j * ω - R) * t)
+    got = fp.crb(s[None], np.stack([-t * s, 1j * t * s], axis=-1)[None], noise_std=σ)
+    q = np.exp(-2 * R * d)
+    # The sums end at q^400 = 1e-21; rounding times a condition of about 10.
+    np.testing.assert_allclose(got, [[σ**2 * (1 - q) ** 3 / (q * d**2)] * 2], rtol=1e-12)
+
+
+@pytest.mark.paper("§2.1")
+def test_linear_model_in_closed_form():
+    # s = M0 (a + θ b) with a ⟂ b: projecting the signal out of b leaves
+    # CRB(θ) = σ² (1/|b|² + θ²/|a|²).
+    a, b = np.array([3, 4j, 0, 0]), np.array([0, 0, 1, 1j])
+    θ = np.array([-2, 0, 0.5])
+    signal, jacobian = a + θ[:, None] * b, np.tile(b[:, None], (3, 1, 1))
+    got = fp.crb(signal, jacobian, noise_std=2.0)[:, 0]
+    np.testing.assert_allclose(got, 4 * (1 / 2 + θ**2 / 25), rtol=1e-14)
+
+
+def test_derivatives_by_a_factor_i_apart_are_told_apart():
+    # A complex information would find them dependent (docs/decisions/001).
+    a, b = np.array([[1, 0]]), np.array([0, 0.5])
+    np.testing.assert_allclose(fp.crb(a, np.stack([b, 1j * b], -1)[None]), [[4, 4]], rtol=1e-14)
+
+
+def test_agrees_with_a_slow_computation():
+    signal, jacobian = random_problem()
+    expected = [slow_bounds(s, J, 0.3) for s, J in zip(signal, jacobian, strict=True)]
+    # A condition below 100.
+    np.testing.assert_allclose(fp.crb(signal, jacobian, noise_std=0.3), expected, rtol=1e-12)
+
+
+@pytest.mark.paper("§2.1")
+def test_agrees_with_a_slow_computation_for_the_two_pool_model(voxels):
+    expected = [slow_bounds(s, J) for s, J in zip(voxels.signal, voxels.jacobian, strict=True)]
+    # Rounding 1e-16 over the smallest eigenvalue of the equilibrated information, 6e-8: 2e-9.
+    np.testing.assert_allclose(fp.crb(voxels.signal, voxels.jacobian), expected, rtol=1e-7)
+
+
+def test_published_value():
+    # design value: the bound of m0s with a real M0, hence 9 parameters, by an independent
+    # implementation (3938.9 "to 1e-4"). Whether the others are rates or times does not matter.
+    i = np.arange(1, 201)
+    angle, duration = np.abs(np.sin(2 * np.pi * i / 200)), np.full(200, 300e-6)
+    angle[0], duration[0] = np.pi, 500e-6
+    names = ("m0s", "T1f", "T2f", "Rx", "T1s", "T2s", "B0", "B1")
+    model = fp.TwoPool(fp.PulseTrain(angle, duration, 3.5e-3), names)
+    out = model.simulate([[0.15, 1 / 0.5, 1 / 15, 30, 1 / 3, 10e-6, 0, 1]])
+    F = fisher.information(out.signal, out.jacobian, noise_std=1.0)[:, :9, :9]
+    assert fisher.bounds(F)[0, 0] == pytest.approx(3938.9, rel=1e-4)
+
+
+def test_information_holds_the_inner_products():
+    signal, jacobian = random_problem(S=1, T=6, P=2)
+    G = np.c_[jacobian[0], signal[0], 1j * signal[0]]
+    expected = [[np.vdot(g, h).real / 0.5**2 for h in G.T] for g in G.T]
+    got = fisher.information(signal, jacobian, noise_std=0.5)
+    np.testing.assert_allclose(got, [expected], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("T", [1, 7])
+def test_the_layout_in_memory_does_not_matter(order, transposed, T):
+    signal, jacobian = random_problem(S=3, T=T, P=2)
+    expected = [
+        np.real(np.conj(G).T @ G)
+        for G in (np.c_[J, s, 1j * s] for s, J in zip(signal, jacobian, strict=True))
+    ]
+    other = jacobian.mT.copy(order=order).mT if transposed else jacobian.copy(order=order)
+    for first in (signal.copy(), signal.copy(order="F")):
+        got = fisher.information(first, other, noise_std=1.0)
+        np.testing.assert_allclose(got, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_single_precision_and_real_input():
+    signal, jacobian = random_problem()
+    single = fp.crb(signal.astype(np.complex64), jacobian.astype(np.complex64))
+    # The input is rounded to 6e-8; a condition below 100.
+    np.testing.assert_allclose(single, fp.crb(signal, jacobian), rtol=1e-5)
+    real = fp.crb(signal.real, jacobian.real)
+    np.testing.assert_array_equal(real, fp.crb(signal.real + 0j, jacobian.real + 0j))
+
+
+def test_the_bound_goes_with_the_inverse_square_of_m0(voxels):
+    M0 = 0.3 * np.exp(2j)
+    scaled = fp.crb(M0 * voxels.signal, M0 * voxels.jacobian)
+    # Rounding 1e-16 over the smallest eigenvalue, 6e-8.
+    np.testing.assert_allclose(
+        scaled * abs(M0) ** 2, fp.crb(voxels.signal, voxels.jacobian), rtol=1e-7
+    )
+
+
+def test_the_bound_goes_with_the_square_of_the_noise(voxels):
+    one = fp.crb(voxels.signal, voxels.jacobian)
+    # A power of two scales without rounding.
+    np.testing.assert_array_equal(
+        fp.crb(voxels.signal, voxels.jacobian, noise_std=0.25), one * 0.25**2
+    )
+    assert fp.crb(voxels.signal, voxels.jacobian, noise_std=0.01) / one == pytest.approx(1e-4)
+
+
+def test_fewer_unknowns_never_raise_a_bound(voxels):
+    F = fisher.information(voxels.signal, voxels.jacobian, noise_std=1.0)
+    everything = fisher.bounds(F)
+    for left_out in range(F.shape[1]):
+        rest = np.delete(np.arange(F.shape[1]), left_out)
+        fewer = fisher.bounds(F[:, rest[:, None], rest])
+        # Up to the rounding of both inverses.
+        assert (fewer <= everything[:, rest] * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("rank", [5, 10, 20])
+def test_compression_never_lowers_a_bound(voxels, rank):
+    basis = subspace.fit(voxels.signal, rank=rank)
+    whole = fp.crb(voxels.signal, voxels.jacobian)
+    coefficients = fp.crb(basis.compress(voxels.signal), basis.compress(voxels.jacobian))
+    assert (coefficients >= whole * (1 - 1e-6)).all()
+
+
+def test_a_complete_basis_keeps_the_bound():
+    signal, jacobian = random_problem(T=12)
+    rng = np.random.default_rng(1)
+    unitary = np.linalg.qr(rng.normal(size=(12, 12)) + 1j * rng.normal(size=(12, 12)))[0]
+    basis = fp.Basis(unitary)
+    got = fp.crb(basis.compress(signal), basis.compress(jacobian))
+    # A condition of some thousands: 5 complex samples beyond the unknowns.
+    np.testing.assert_allclose(got, fp.crb(signal, jacobian), rtol=1e-10)
+
+
+def test_units_do_not_matter(voxels):
+    one = fp.crb(voxels.signal, voxels.jacobian)
+    # Powers of two near 1e±12 scale without rounding, and so does the equilibration.
+    units = 2.0 ** np.array([40, -40, 0, 40, -40, 20, -20])
+    np.testing.assert_array_equal(fp.crb(voxels.signal, voxels.jacobian * units), one / units**2)
+    # Powers of ten round: 1e-16 over the smallest eigenvalue, 6e-8.
+    units = 10.0 ** np.array([12, -12, 0, 12, -12, 6, -6])
+    np.testing.assert_allclose(
+        fp.crb(voxels.signal, voxels.jacobian * units), one / units**2, rtol=1e-7
+    )
+
+
+def test_rates_in_place_of_times(voxels):
+    # R1 = 1/T1: ∂s/∂R = -T² ∂s/∂T, CRB(R) = CRB(T)/T⁴, and nothing else changes.
+    T1 = voxels.theta[:, 1]
+    jacobian = voxels.jacobian.copy()
+    jacobian[..., 1] *= -(T1[:, None] ** 2)
+    expected = fp.crb(voxels.signal, voxels.jacobian)
+    expected[:, 1] /= T1**4
+    # Rounding 1e-16 over the smallest eigenvalue, 6e-8.
+    np.testing.assert_allclose(fp.crb(voxels.signal, jacobian), expected, rtol=1e-7)
+
+
+def test_a_parameter_without_effect_has_an_infinite_bound_and_costs_nothing():
+    signal, jacobian = random_problem(S=2)
+    jacobian[0, :, 1] = 0
+    got = fp.crb(signal, jacobian)
+    assert np.isinf(got[0, 1])
+    rest = [0, 2, 3]
+    expected = slow_bounds(signal[0], jacobian[0][:, rest])
+    np.testing.assert_allclose(got[0, rest], expected, rtol=1e-12)
+    np.testing.assert_allclose(got[1], slow_bounds(signal[1], jacobian[1]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, -3.0, 1e9])
+def test_parameters_that_act_alike_have_infinite_bounds_and_the_others_do_not(factor):
+    signal, jacobian = random_problem(S=2)
+    jacobian[0, :, 3] = factor * jacobian[0, :, 0]
+    got = fp.crb(signal, jacobian)
+    assert np.isinf(got[0, [0, 3]]).all()
+    expected = slow_bounds(signal[0], jacobian[0][:, :3])[1:]
+    np.testing.assert_allclose(got[0, [1, 2]], expected, rtol=1e-12)
+    assert np.isfinite(got[1]).all()
+
+
+def test_a_parameter_that_acts_like_the_scale_cannot_be_told():
+    signal, jacobian = random_problem(S=2, P=3)
+    jacobian[0, :, 2] = (1 - 2j) * signal[0]
+    got = fp.crb(signal, jacobian)
+    np.testing.assert_array_equal(np.isinf(got), [[False, False, True], [False] * 3])
+
+
+def test_weak_dependence_is_finite():
+    # Two columns at an angle ε: the bound of each is 1/sin² ε of its own.
+    ε = 1e-5
+    signal = np.array([[0, 0, 1.0]])
+    jacobian = np.array([[[1, np.cos(ε)], [0, np.sin(ε)], [0, 0]]])
+    # Eigenvalue ε²/2 = 5e-11 with an error of 1e-16.
+    np.testing.assert_allclose(fp.crb(signal, jacobian), np.full((1, 2), ε**-2), rtol=1e-5)
+
+
+def test_without_semisolid_pool_only_its_parameters_are_lost(short_train, white_matter):
+    theta = np.vstack([white_matter, white_matter])
+    theta[0, 0] = 0
+    out = fp.TwoPool(short_train).simulate(theta)
+    got = fp.crb(out.signal, out.jacobian)
+    lost = np.isin(NAMES, ("Rx", "T2s"))
+    np.testing.assert_array_equal(np.isinf(got), [lost, np.zeros(7, bool)])
+    np.testing.assert_allclose(
+        got[0, ~lost], slow_bounds(out.signal[0], out.jacobian[0][:, ~lost]), rtol=1e-6
+    )
+
+
+def test_nothing_to_be_told_raises_with_the_information():
+    # s = M0 (θ1 a + θ2 b): each θ, and M0, can make up for the others.
+    a, b = np.array([1, 2j, 0]), np.array([0, 1, 1.0])
+    signal, jacobian = (a + 2 * b)[None], np.stack([a, b], axis=-1)[None]
+    with pytest.raises(SingularInformationError, match=r"columns \(0, 1\)") as caught:
+        fp.crb(signal, jacobian)
+    assert isinstance(caught.value, ArithmeticError)
+    assert caught.value.columns == (0, 1)
+    np.testing.assert_array_equal(
+        caught.value.information, fisher.information(signal, jacobian, noise_std=1.0)
+    )
+
+
+def test_one_parameter_without_effect_on_any_sample_raises():
+    signal, jacobian = random_problem()
+    jacobian[..., 2] = 0
+    with pytest.raises(SingularInformationError, match=r"columns \(2,\) in every sample\. Leave"):
+        fp.crb(signal, jacobian)
+
+
+def test_no_samples_have_no_bounds():
+    signal, jacobian = random_problem(S=0)
+    assert fp.crb(signal, jacobian).shape == (0, 4)
+
+
+@pytest.mark.parametrize("noise_std", [0, -1, np.nan, np.inf])
+def test_noise_must_be_positive(noise_std):
+    with pytest.raises(ValueError, match="noise_std must be a positive finite number"):
+        fp.crb(*random_problem(), noise_std=noise_std)
+
+
+@pytest.mark.parametrize(
+    ("signal", "jacobian", "message"),
+    [
+        ((30,), (5, 30, 4), r"signal must have the axes \(S, T\); got the shape \(30,\)"),
+        ((5, 30), (5, 30), r"jacobian must have the axes \(S=5, T=30, P\); got the shape"),
+        ((5, 30), (5, 4, 30), r"\(S=5, T=30, P\); got the shape \(5, 4, 30\)"),
+        ((5, 30), (1, 30, 4), r"\(S=5, T=30, P\); got the shape \(1, 30, 4\)"),
+    ],
+)
+def test_shapes_must_agree(signal, jacobian, message):
+    with pytest.raises(ValueError, match=message):
+        fp.crb(np.ones(signal), np.ones(jacobian))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1j * np.nan])
+def test_values_must_be_finite(bad):
+    signal, jacobian = random_problem()
+    broken = jacobian.copy()
+    broken[2, 3, 1] = bad
+    with pytest.raises(ValueError, match=r"jacobian must be finite; got 1 .* index \(2, 3, 1\)"):
+        fp.crb(signal, broken)
+    signal[4, 0] = bad
+    with pytest.raises(ValueError, match=r"signal must be finite; got 1 .* index \(4, 0\)"):
+        fp.crb(signal, jacobian)
+    with pytest.raises(ValueError, match="the Fisher information must be finite; got 1 NaN"):
+        fisher.bounds(np.diag([1, np.nan])[None])
