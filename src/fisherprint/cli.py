@@ -170,6 +170,7 @@ def map_(
     basis: Annotated[
         Path | None, typer.Option(help="Basis of the images, to compare with the network's.")
     ] = None,
+    basis_key: Annotated[str | None, typer.Option(help="Its name in the file.")] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace maps; accept another basis.")
     ] = False,
@@ -180,13 +181,19 @@ def map_(
     """
     from fisherprint import experiment as stages
 
-    section = stages.MapSection(coefficients=coefficients, key=key, mask=mask, mask_key=mask_key)
+    section = stages.MapSection(
+        coefficients=coefficients,
+        key=key,
+        mask=mask,
+        mask_key=mask_key,
+        basis=basis,
+        basis_key=basis_key,
+    )
     with _display() as display:
         stages.map_run(
             stages.open_run(run),
             section,
             output,
-            basis=basis,
             force=force,
             say=display.say,
             progress=display.progress,

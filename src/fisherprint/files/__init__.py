@@ -27,6 +27,7 @@ from fisherprint.files.records import (
     write_toml,
 )
 from fisherprint.files.volumes import (
+    PlacedMaps,
     Volume,
     read_basis,
     read_coefficients,
@@ -41,6 +42,7 @@ from fisherprint.files.volumes import (
 
 __all__ = [
     "OutputExistsError",
+    "PlacedMaps",
     "UnreadableFileError",
     "Volume",
     "append_jsonl",

@@ -114,8 +114,8 @@ class TwoPool:
             if name in _AS_RATE:
                 # d/dT = -1/T² d/dR
                 result[:, 1 + column] /= -(theta[:, None, column] ** 2)
-        # Without a semi-solid pool nothing depends on its relaxation and exchange; the rounding that
-        # would remain, 1e-18, has no scale by which anybody could tell it from a derivative.
+        # Without a semi-solid pool nothing depends on its relaxation and exchange. Rounding would
+        # remain, 1e-18, and nobody downstream could tell it from a derivative.
         empty = theta[:, self.index("m0s")] == 0
         for name in {"Rx", "T1s", "T2s"}.intersection(self.names):
             result[empty, 1 + self.index(name)] = 0

@@ -1,0 +1,76 @@
+"""An experiment: its schema, and its stages over a run folder that explains itself.
+
+RUN/experiment.toml    what was asked for, complete
+RUN/dataset.h5         parameters, coefficients, both bounds, basis, train, seed, versions
+RUN/network/           weights.safetensors, card.json, checkpoint.safetensors, log.jsonl
+RUN/evaluation.h5      bias and variance of each test fingerprint; its loss over M0
+RUN/maps/              one NIfTI and one JSON a parameter
+RUN/brain/             the digital brain, if asked for: coefficients and truth
+RUN/report.html        all of it in pictures
+"""
+
+from __future__ import annotations
+
+from fisherprint.experiment.folder import (
+    Run,
+    forget_training,
+    open_run,
+    require_absent,
+    start,
+    versions,
+)
+from fisherprint.experiment.pages import report_run
+from fisherprint.experiment.schema import (
+    BrainSection,
+    EvaluationSection,
+    Experiment,
+    ExperimentError,
+    MapSection,
+    ModelSection,
+    SequenceSection,
+    SimulationSection,
+    inputs,
+    read,
+)
+from fisherprint.experiment.stages import (
+    BasisMismatchError,
+    evaluate_run,
+    labelled,
+    load_network,
+    make_brain,
+    map_run,
+    run_all,
+    simulate_run,
+    summary,
+    train_run,
+)
+
+__all__ = [
+    "BasisMismatchError",
+    "BrainSection",
+    "EvaluationSection",
+    "Experiment",
+    "ExperimentError",
+    "MapSection",
+    "ModelSection",
+    "Run",
+    "SequenceSection",
+    "SimulationSection",
+    "evaluate_run",
+    "forget_training",
+    "inputs",
+    "labelled",
+    "load_network",
+    "make_brain",
+    "map_run",
+    "open_run",
+    "read",
+    "report_run",
+    "require_absent",
+    "run_all",
+    "simulate_run",
+    "start",
+    "summary",
+    "train_run",
+    "versions",
+]

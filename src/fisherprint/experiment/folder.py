@@ -1,0 +1,106 @@
+"""Run folders: what lies where, and who may overwrite it."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fisherprint import files
+from fisherprint.experiment.schema import Experiment, ExperimentError, inputs, read
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the experiment in it.
+
+    Attributes:
+        folder: where everything is.
+        experiment: what was asked for.
+    """
+
+    folder: Path
+    experiment: Experiment
+
+    dataset = property(lambda self: self.folder / "dataset.h5")
+    network = property(lambda self: self.folder / "network")
+    checkpoint = property(lambda self: self.network / "checkpoint.safetensors")
+    log = property(lambda self: self.network / "log.jsonl")
+    audit = property(lambda self: self.folder / "evaluation.h5")
+    maps = property(lambda self: self.folder / "maps")
+    brain = property(lambda self: self.folder / "brain")
+    report = property(lambda self: self.folder / "report.html")
+
+
+def open_run(folder: Path) -> Run:
+    """A run folder that `start` made.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    path = folder / "experiment.toml"
+    if not path.is_file():
+        raise ExperimentError(
+            f"expected a run folder with an experiment.toml; {folder} has none. "
+            "Make one with: fisherprint simulate EXPERIMENT.toml -o RUN"
+        )
+    return Run(folder, read(path))
+
+
+def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
+    """Make a run folder, or take one of the same experiment or without results.
+
+    Raises:
+        OutputExistsError: the folder holds results of another experiment; `force` removes them,
+            unless the inputs of the new one are missing or damaged, which raises as `inputs`.
+    """
+    path = folder / "experiment.toml"
+    run = Run(folder, experiment)
+    if force:
+        # What cannot be made anew is not removed.
+        inputs(experiment)
+        forget_training(run)
+        for product in (run.dataset, run.audit, run.maps / "summary.json", run.report):
+            product.unlink(missing_ok=True)
+    elif run.dataset.exists():
+        if _asked_for(open_run(folder).experiment) != _asked_for(experiment):
+            raise files.OutputExistsError(
+                f"{folder} holds a run of another experiment. Choose another folder, or replace "
+                "the run with --force."
+            )
+        return open_run(folder)
+    files.write_toml(path, experiment.model_dump(mode="json", exclude_none=True))
+    return run
+
+
+def _asked_for(experiment: Experiment) -> dict[str, Any]:
+    """All that decides the results: with absolute paths, the folder of the paths does not."""
+    return experiment.model_dump(exclude={"data"})
+
+
+def require_absent(product: Path) -> None:
+    """Refuse to replace the product of a finished stage.
+
+    Raises:
+        OutputExistsError: it is there.
+    """
+    if product.exists():
+        raise files.OutputExistsError(
+            f"{product} is already there. Choose another run folder, or replace it with --force."
+        )
+
+
+def forget_training(run: Run) -> None:
+    """Remove the network, its checkpoint and its log."""
+    for product in (run.checkpoint, run.log, run.network / "card.json"):
+        product.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    packages = ("fisherprint", "numpy", "scipy", "numba", "torch")
+    return {"python": platform.python_version()} | {
+        package: metadata.version(package) for package in packages
+    }

@@ -1,0 +1,163 @@
+"""The report page of a run, of as many stages as are done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fisherprint import evaluate as evaluation
+from fisherprint import files, report, simulate
+from fisherprint.experiment.folder import Run, versions
+from fisherprint.models.two_pool import PARAMETERS
+from fisherprint.parameters import Parameter
+from fisherprint.sequence import PulseTrain
+
+# Limits of colours for brains, SI units.
+_BRAIN_RANGES = {"m0s": (0.0, 0.3), "T1": (0.6, 2.4), "T1f": (1.0, 3.5), "T2f": (0.04, 0.14)}
+
+_EXPECTED_WHITE_MATTER = {"m0s": 0.212, "T1f": 1.84, "T1s": 0.34, "T2f": 76.9e-3, "Rx": 13.6}
+
+
+def report_run(run: Run) -> Path:
+    """Stage 5: the page, of as many stages as there are.
+
+    Raises:
+        UnreadableFileError: there is no data set yet.
+    """
+    experiment, estimated = run.experiment, run.experiment.training.estimated
+    data, pulses = files.read_dataset(run.dataset)
+    described = [PARAMETERS[name] for name in estimated]
+    everything = [PARAMETERS[name] for name in data.names]
+    sections = []
+    facts = [
+        f"{pulses.n_samples} pulses in {len(pulses.flip_angle)} train(s), "
+        f"{pulses.duration:.1f} s, TR {1e3 * pulses.repetition_time:g} ms. "
+        f"The Fisher matrix has {', '.join(data.names)} and complex M0 as unknowns."
+    ]
+    if run.audit.exists():
+        audit, score = files.read_audit(run.audit)
+        facts.append(
+            f"On test data the network's loss, averaged over the training range of M0, is "
+            f"{score.loss:.2f} ± {score.standard_error:.2f} (1: as good as any unbiased estimator "
+            "can be; shrinking towards the prior can go below)."
+        )
+    if (run.maps / "summary.json").exists():
+        sections += _map_sections(run, described)
+    if run.audit.exists():
+        sections += _audit_sections(run, audit, score, described)
+    if run.log.exists():
+        figure = report.convergence(files.read_jsonl(run.log), experiment.training.loss)
+        caption = (
+            "Loss on the training and on the validation set after each epoch. For the CRB loss, "
+            "1 is what a maximally efficient unbiased estimator scores (Fig. 3 of the paper)."
+        )
+        sections.append(report.Section("Convergence", caption, figure))
+    caption = "Flip angle and duration of each pulse; the triangle is the inversion."
+    sections.append(report.Section("Pulse train", caption, report.draw_train(pulses)))
+    caption = (
+        f"By how much {data.basis.rank} coefficients raise the bound of the variance, compared "
+        f"with the whole signal. The basis holds {data.energy:.5%} of the signals' energy."
+    )
+    figure = report.compression_cost(data, everything)
+    sections.append(report.Section("What compression costs", caption, figure))
+    html = report.page(
+        experiment.title, "\n\n".join(facts), sections, provenance=_provenance(run, data, pulses)
+    )
+    files.write_text(run.report, html)
+    return run.report
+
+
+def _audit_sections(
+    run: Run, audit: evaluation.Audit, score: evaluation.Score, described: list[Parameter]
+) -> list[report.Section]:
+    config = run.experiment.training
+    low, high = (scale / config.noise_std for scale in config.scale_range)
+    near = float(audit.snr[np.abs(np.log(audit.snr / 50)).argmin()])
+    return [
+        report.Section(
+            "Loss and its shares",
+            "Mean squared error in units of the bound of the coefficients, split into bias and "
+            "variance, against SNRmax; the range of the training is shaded (Fig. 7). A network "
+            "may trade bias for variance, so look at both.",
+            [
+                report.score_table({config.loss: score}, described),
+                report.loss_shares(audit, described, training_snr=(low, high)),
+                report.shares_table(audit, described),
+            ],
+        ),
+        report.Section(
+            f"Bias and standard deviation at SNR {near:g}",
+            "Bias of each test fingerprint (Fig. 5), its standard deviation over √CRB (Fig. 6), "
+            "and the shares of the loss against √CRB (Fig. 8).",
+            [
+                report.bias_histograms(audit, described, snr=near),
+                report.std_histograms(audit, described, snr=near),
+                report.shares_by_bound(audit, described, snr=near),
+            ],
+        ),
+    ]
+
+
+def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
+    estimate = files.read_maps(run.maps, [parameter.name for parameter in described])
+    if run.experiment.brain is None:
+        figure, tables = _picture(run, estimate, described), []
+        caption = "Each voxel estimated by itself."
+        if "white matter" in files.read_json(run.maps / "summary.json")["regions"]:
+            caption += (
+                " White matter is found from the joint mode of m0s and T1 alone; beside its "
+                "medians and quartiles stand values of the literature at 3 T."
+            )
+            white = files.read_mask(run.maps / "white_matter.nii.gz", estimate.mask.shape)
+            table = report.roi_table(
+                estimate.maps,
+                {"white matter": white},
+                described,
+                expected={"white matter": _EXPECTED_WHITE_MATTER},
+            )
+            tables.append(table)
+        return [report.Section("Parameter maps", caption, [figure, *tables])]
+    truth = files.read_maps(run.brain / "truth", [parameter.name for parameter in described])
+    regions = {
+        path.name.removesuffix(".nii.gz").replace("_", " "): files.read_mask(
+            path, estimate.mask.shape
+        )
+        for path in sorted((run.brain / "tissues").glob("*.nii.gz"))
+    }
+    expected = {
+        name: {p.name: float(np.median(truth.maps[p.name][inside])) for p in described}
+        for name, inside in regions.items()
+    }
+    caption = (
+        f"A brain of known parameters, noise at SNR {run.experiment.brain.snr:g}: estimate, truth "
+        "and difference. Below, medians and quartiles in voxels of one tissue, beside the truth."
+    )
+    figure = report.map_panel(
+        estimate.maps, described, truth=truth.maps, ranges=_BRAIN_RANGES, affine=estimate.affine
+    )
+    table = report.roi_table(estimate.maps, regions, described, expected=expected)
+    return [report.Section("Digital brain", caption, [figure, table])]
+
+
+def _picture(run: Run, estimate: files.PlacedMaps, described: list[Parameter]) -> Figure:
+    """Maps upright by their affine; without one, turned as the experiment says."""
+    section = run.experiment.map
+    ranges = {} if section is None else section.ranges
+    if estimate.affine is not None or section is None:
+        return report.map_panel(estimate.maps, described, ranges=ranges, affine=estimate.affine)
+    turned = {p.name: np.rot90(estimate.maps[p.name], section.quarter_turns) for p in described}
+    return report.map_panel(turned, described, ranges=ranges)
+
+
+def _provenance(run: Run, data: simulate.DataSet, pulses: PulseTrain) -> dict[str, object]:
+    sizes = {split: len(samples.theta) for split, samples in data.samples.items()}
+    return {
+        "experiment": files.to_toml(run.experiment.model_dump(mode="json", exclude_none=True)),
+        "fingerprints": ", ".join(f"{split} {size}" for split, size in sizes.items()),
+        "train SHA-256": pulses.digest,
+        "basis SHA-256": data.basis.digest,
+        "data set SHA-256": files.file_digest(run.dataset),
+        **versions(),
+    }

@@ -1,0 +1,226 @@
+"""The schema of EXPERIMENT.toml, for the command line and for Python alike."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
+
+from fisherprint import files, sequence, train
+from fisherprint.models import TwoPool
+from fisherprint.parameters import Prior, TruncatedNormal, Uniform, paper_prior
+from fisherprint.sequence import Inversion, PulseTrain
+from fisherprint.subspace import Basis
+
+# Coefficients, as in the paper (§2.4).
+DEFAULT_RANK = 13
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SequenceSection(_Section):
+    """The pulse train; without a path, the one that comes with the package."""
+
+    path: Path | None = Field(None, description=".mat (keys alpha, TRF), .h5 or .toml")
+    repetition_time: float | None = Field(None, gt=0, description="TR in s")
+    inversion: Inversion | None = Field(None, description="crushed or spoiled")
+
+    @model_validator(mode="after")
+    def _describe_a_file(self) -> SequenceSection:
+        if self.path is None and not (self.repetition_time is None and self.inversion is None):
+            raise ValueError(
+                "expected a path with repetition_time or inversion; got none, and the bundled "
+                "train has its own. Name a file, or drop both."
+            )
+        return self
+
+
+class ModelSection(_Section):
+    """The two-pool model."""
+
+    parameters: tuple[str, ...] = Field(
+        ("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1"),
+        description="all that enter the Fisher matrix, with T1 or with T1f and T1s",
+    )
+
+
+class SimulationSection(_Section):
+    """The data set."""
+
+    training: int = Field(92160, ge=1, description="fingerprints to train with")
+    validation: int = Field(10240, ge=1, description="fingerprints to watch the training with")
+    test: int = Field(9056, ge=1, description="fingerprints that the training never sees")
+    rank: int | None = Field(None, ge=2, description="K of the SVD basis; 13 if not given")
+    basis: Path | None = Field(None, description="file of a given basis, instead of the SVD's")
+    basis_key: str | None = Field(None, description="its key")
+    seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_basis(self) -> SimulationSection:
+        if (self.basis is None) != (self.basis_key is None) or (self.basis and self.rank):
+            raise ValueError(
+                "expected a rank, or a basis with its basis_key; got "
+                f"rank {self.rank}, basis {self.basis} and basis_key {self.basis_key}. "
+                "A given basis has a rank of its own."
+            )
+        return self
+
+
+class EvaluationSection(_Section):
+    """The audit against the bound."""
+
+    snr: tuple[PositiveFloat, ...] = Field(
+        (5, 10, 20, 50, 100, 200), min_length=1, description="values of SNRmax"
+    )
+    n_noise: int = Field(300, ge=2, description="noise realizations of each fingerprint")
+    fingerprints: int = Field(1000, ge=1, description="test fingerprints used, at most")
+    seed: int = Field(1, ge=0)
+
+
+class MapSection(_Section):
+    """Coefficient images to map."""
+
+    coefficients: Path = Field(description=".nii(.gz), .cfl, .npy, .mat or .h5")
+    key: str | None = Field(None, description="of the images in .mat and .h5")
+    mask: Path | None = Field(None, description="NIfTI or .npy; else key, else automatic")
+    mask_key: str | None = Field(None, description="of the mask in .mat and .h5")
+    basis: Path | None = Field(None, description="of the images, to compare with the network's")
+    basis_key: str | None = Field(None, description="its key")
+    quarter_turns: int = Field(
+        0, description="of the report's pictures, counter-clockwise, where no affine tells"
+    )
+    ranges: dict[str, tuple[float, float]] = Field(
+        {}, description="limits of the report's colours by parameter, SI units"
+    )
+
+
+class BrainSection(_Section):
+    """The digital brain, from the tissue maps that ship with nilearn."""
+
+    snr: float = Field(50.0, gt=0, description="SNRmax where |M0| = 1")
+    voxel_size: float = Field(2.0, gt=0, description="mm")
+    seed: int = Field(2, ge=0)
+
+
+class Experiment(_Section):
+    """One schema for EXPERIMENT.toml, the command line and Python."""
+
+    title: str = "Fisherprint experiment"
+    data: Path = Field(Path(), description="folder of the paths below, from this file")
+    sequence: SequenceSection = SequenceSection()
+    model: ModelSection = ModelSection()
+    prior: dict[str, TruncatedNormal | Uniform] = Field(
+        {}, description="distributions that replace the paper's"
+    )
+    simulation: SimulationSection = SimulationSection()
+    training: train.TrainingConfig = train.TrainingConfig()
+    evaluation: EvaluationSection = EvaluationSection()
+    map: MapSection | None = None
+    brain: BrainSection | None = None
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Experiment:
+        for name in (*self.training.estimated, *self.prior):
+            if name not in self.model.parameters:
+                raise ValueError(
+                    f"expected parameters of the model, {', '.join(self.model.parameters)}; "
+                    f"got {name!r}. Correct the name, or [model] parameters."
+                )
+        if self.map is not None and self.brain is not None:
+            raise ValueError("expected [map] or [brain]; got both. Keep one.")
+        return self
+
+
+class ExperimentError(ValueError):
+    """An experiment file or run folder that is not what it must be."""
+
+
+def read(path: Path | None, *, data: Path | None = None) -> Experiment:
+    """Read and check EXPERIMENT.toml; None stands for the demo that comes with the package.
+
+    Args:
+        path: the file. Its `data`, and the paths that it names, become absolute.
+        data: folder to use in place of the file's `data`.
+
+    Raises:
+        UnreadableFileError: no such file, or not TOML.
+        ExperimentError: the contents do not fit the schema; the message names each field.
+    """
+    if path is None:
+        with resources.as_file(resources.files("fisherprint") / "demo.toml") as demo:
+            content, where = files.read_toml(demo), Path()
+    else:
+        content, where = files.read_toml(path), path.parent
+    try:
+        experiment = Experiment.model_validate(content)
+    except ValidationError as error:
+        raise ExperimentError(f"{path}: {_explained(error)}") from error
+    folder = (where / experiment.data if data is None else data).resolve()
+    return _resolved(experiment, folder)
+
+
+def _explained(error: ValidationError) -> str:
+    """One line for each field that does not fit."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "value_error":  # ours, which says what it got
+            lines.append(f"{field}: {item['msg'].removeprefix('Value error, ')}")
+            continue
+        unknown = item["type"] == "extra_forbidden"
+        hint = " (an unknown name; check its spelling)" if unknown else ""
+        lines.append(f"{field}: {item['msg']}{hint}; got {item['input']!r}")
+    return "expected another content; correct these fields:\n  " + "\n  ".join(lines)
+
+
+def _resolved(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with absolute paths."""
+
+    def moved(section: BaseModel, *fields: str) -> BaseModel:
+        paths = {name: getattr(section, name) for name in fields}
+        return section.model_copy(
+            update={name: folder / path for name, path in paths.items() if path is not None}
+        )
+
+    update: dict[str, Any] = {
+        "data": folder,
+        "sequence": moved(experiment.sequence, "path"),
+        "simulation": moved(experiment.simulation, "basis"),
+    }
+    if experiment.map is not None:
+        update["map"] = moved(experiment.map, "coefficients", "mask", "basis")
+    return experiment.model_copy(update=update)
+
+
+def inputs(experiment: Experiment) -> tuple[TwoPool, Prior, Basis | int]:
+    """The model, the prior (the paper's, with replacements), and a basis or its rank.
+
+    Raises:
+        UnreadableFileError: a file that the experiment names is missing, damaged or foreign.
+        ValueError: its contents are no pulse train, or no basis of it.
+    """
+    section = experiment.sequence
+    train = sequence.bundled()
+    if section.path is not None:
+        train = PulseTrain.read(
+            section.path, repetition_time=section.repetition_time, inversion=section.inversion
+        )
+    model = TwoPool(train, experiment.model.parameters)
+    default = paper_prior(model.names, repetition_time=train.repetition_time)
+    prior = Prior({**default.distributions, **experiment.prior}, default.ordered)
+    simulation = experiment.simulation
+    if simulation.basis is None or simulation.basis_key is None:
+        return model, prior, simulation.rank or DEFAULT_RANK
+    basis = files.read_basis(simulation.basis, key=simulation.basis_key, n_samples=model.n_samples)
+    return model, prior, basis
