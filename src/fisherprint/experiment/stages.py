@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 """Called with a line for people."""
 
+COMPILING = " (after installation the model is compiled first, about half a minute)"
 CARD_KEYS = ("parameters", "estimated", "rank", "basis_sha256", "dataset_sha256")
 QUARTILES = ("lower_quartile", "median", "upper_quartile")
 # Voxels of the digital brain that count as one tissue: at least this share of it.
@@ -330,7 +331,7 @@ def run_all(run: Run, *, say: Say, progress: Progress) -> Path:
         if product.exists():
             say(f"{name}: done before ({product})")
         else:
-            say(f"{name} ...")
+            say(f"{name} ..." + (COMPILING if name == "simulate" else ""))
             stage()
     return report_run(run)
 
