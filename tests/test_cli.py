@@ -26,7 +26,6 @@ import pytest
 import safetensors.torch
 
 from fisherprint import cli, files
-from fisherprint import experiment as stages
 from fisherprint.models import TwoPool
 from fisherprint.sequence import PulseTrain
 from fisherprint.subspace import Basis
@@ -315,7 +314,7 @@ def test_run_skips_finished_stages_and_says_so(
     finished: tuple[Path, Path], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The page is made of what is there, so it is always written anew; that takes seconds.
-    monkeypatch.setattr(stages, "report_run", lambda run: run.report)
+    monkeypatch.setattr("fisherprint.experiment.stages.report_run", lambda run: run.report)
     before = modified(run)
     said = done("run", finished[0], "-o", run)
     for stage in ("simulate", "train", "evaluate", "map"):
@@ -392,6 +391,27 @@ def test_simulate_with_force_starts_the_run_again(run: Path, tmp_path: Path) -> 
         assert not (run / path).exists()
 
 
+@pytest.mark.parametrize("command", ["simulate", "run"])
+def test_force_loses_nothing_when_the_new_inputs_are_bad(
+    run: Path, tmp_path: Path, command: str
+) -> None:
+    experiment = write_experiment(tmp_path)
+    (tmp_path / "train.toml").write_text("flip_angle = [")
+    before = contents(run)
+    assert "train.toml" in refused(command, experiment, "-o", run, "--force")
+    assert contents(run) == before
+
+
+def test_a_data_set_of_another_training_is_explained(run: Path, tmp_path: Path) -> None:
+    other = write_experiment(tmp_path, TINY.replace("rank = 6", "rank = 6\nseed = 1"))
+    done("simulate", other, "-o", tmp_path / "other")
+    shutil.copy(tmp_path / "other/dataset.h5", run)
+    before = contents(run)
+    message = refused("evaluate", run, "--force")
+    assert "expected the data set" in message and f"fisherprint train {run} --force" in message
+    assert contents(run) == before
+
+
 def test_a_full_disk_leaves_the_old_result(
     run: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -414,7 +434,9 @@ def test_a_full_disk_leaves_the_old_result(
 def test_an_error_in_any_stage_leaves_the_run_resumable(
     finished: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "report_run", lambda run: run.report)  # seconds of drawing
+    monkeypatch.setattr(
+        "fisherprint.experiment.stages.report_run", lambda run: run.report
+    )  # seconds of drawing
     images = finished[1] / "brain/coefficients.nii.gz"
     section = f'\n[map]\ncoefficients = "{images}"\n'
     experiment, run = write_experiment(tmp_path, TINY + section), tmp_path / "run"
@@ -540,6 +562,8 @@ def test_all_commands_are_listed() -> None:
         (["train", "run", "--bogus"], "--bogus"),
         (["simulate", "tiny.toml"], "--output"),
         (["map", "x.nii", "-o", "maps"], "--run"),
+        (["map", "x.nii", "-o", "m", "--run", "r", "--basis", "U.h5"], "--basis-key"),
+        (["map", "x.nii", "-o", "m", "--run", "r", "--basis-key", "U"], "belong together"),
     ],
 )
 def test_a_wrong_call_is_explained(arguments: list[str], expected: str) -> None:
@@ -566,6 +590,19 @@ def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
         ("rank = 6", 'rank = "six"', ["simulation.rank", "valid integer", "got 'six'"]),
         ("rank = 6", "rank = 1", ["simulation.rank", "greater than or equal to 2", "got 1"]),
         ("rank = 6", "rank = 99", ["rank must lie between 1 and 40", "got 99"]),
+        (
+            "rank = 6",
+            'rank = 6\nbasis = "U.h5"\nbasis_key = "U"',
+            ["simulation: expected a rank, or a basis", "got rank 6, basis U.h5"],
+        ),
+        ("rank = 6", 'basis = "U.h5"', ["simulation: expected a rank", "basis_key None"]),
+        (
+            "rank = 6",
+            'basis = "U.h5"\nbasis_key = "U"',
+            ["expected a file", "U.h5", "Check the path"],
+        ),
+        ("snr = [20, 50]", "snr = []", ["evaluation.snr", "at least 1 item", "got []"]),
+        ("snr = [20, 50]", "snr = [20, 0]", ["evaluation.snr.1", "greater than 0", "got 0"]),
         (
             "epochs = 2",
             'estimated = ["T9"]\nepochs = 2',
@@ -639,6 +676,19 @@ def test_a_folder_that_is_no_run_is_explained(tmp_path: Path, command: str) -> N
     assert str(tmp_path) in message and "expected a run folder" in message
     assert "fisherprint simulate" in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["evaluate", "map"])
+def test_a_run_without_a_network_is_explained(
+    run: Path, images: Path, tmp_path: Path, command: str
+) -> None:
+    (run / "network/card.json").unlink()
+    (run / "evaluation.h5").unlink()
+    map_arguments = (images, "--run", run, "-o", tmp_path / "maps")
+    message = refused(command, *(map_arguments if command == "map" else (run,)))
+    assert "expected a trained network" in message
+    assert f"Train it: fisherprint train {run}" in message
+    assert not (tmp_path / "maps").exists()
 
 
 @pytest.mark.parametrize(
@@ -768,15 +818,21 @@ def test_the_basis_may_come_as_a_file(finished: tuple[Path, Path], tmp_path: Pat
     np.save(tmp_path / "x.npy", coefficients())
     with h5py.File(finished[1] / "dataset.h5") as file:
         own = file["basis"][()]
-    for name, vectors in (("own", own), ("other", own[:, ::-1])):
-        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
-            file["U"] = vectors
-    arguments = ("map", tmp_path / "x.npy", "--run", finished[1])
-    assert "only the rank was checked" in done(*arguments, "-o", tmp_path / "unknown")
-    said = done(*arguments, "-o", tmp_path / "own", "--basis", tmp_path / "own.h5")
-    assert "was checked" not in said and "another basis" not in said
-    message = refused(*arguments, "-o", tmp_path / "other", "--basis", tmp_path / "other.h5")
+    path = tmp_path / "basis.h5"
+    with h5py.File(path, "w") as file:
+        # As basis vectors, as the matrix that makes coefficients of signals, and another basis.
+        file["U"], file["UH"], file["other"] = own, own.conj().T, own[:, ::-1]
+    arguments = ("map", tmp_path / "x.npy", "--run", finished[1], "-o", tmp_path / "maps")
+    assert "only the rank was checked" in done(*arguments)
+    for key in ("U", "UH"):
+        said = done(*arguments, "--basis", path, "--basis-key", key, "--force")
+        assert "was checked" not in said and "another basis" not in said
+    shutil.rmtree(tmp_path / "maps")
+    message = refused(*arguments, "--basis", path, "--basis-key", "other")
     assert "expected coefficients in the network's basis" in message
+    message = refused(*arguments, "--basis", path, "--basis-key", "nothing")
+    assert "expected the key 'nothing'" in message and "U, UH, other" in message
+    assert not (tmp_path / "maps").exists()
 
 
 def test_run_refuses_images_of_another_basis(

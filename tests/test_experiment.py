@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from fisherprint import experiment as stages
-from fisherprint import files, maps, sequence
-from fisherprint.experiment import Experiment, ExperimentError, Run
-from fisherprint.files import OutputExistsError
+from fisherprint import files, maps, report, sequence
+from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentError, Run
+from fisherprint.files import OutputExistsError, UnreadableFileError
+from fisherprint.models.two_pool import PARAMETERS
 from fisherprint.parameters import TruncatedNormal, Uniform
 from fisherprint.reconstruct.phantom import TissueMaps
+from fisherprint.subspace import Basis
 
 SHAPE = (7, 5, 2)
 RANK = 6
@@ -31,12 +34,12 @@ def silent(*_: object) -> None:
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Nested tables with some entries replaced."""
+    """Nested tables with some entries replaced, or removed by None."""
     result = dict(base)
     for key, value in change.items():
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if nested else value
-    return result
+    return {key: value for key, value in result.items() if value is not None}
 
 
 def read(folder: Path, content: dict[str, Any], **options: Any) -> Experiment:
@@ -58,11 +61,13 @@ TINY = {
     "evaluation": {"snr": [20, 50], "n_noise": 10, "fingerprints": 8},
 }
 MAP = {"map": {"coefficients": "images.h5", "key": "x"}}
+BASIS = {"simulation": {"rank": None, "basis": "basis.h5", "basis_key": "U"}}
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two trains, two bases, two sets of images and two masks."""
+    """A folder with two trains, four bases, four images and three masks; `trained` adds its own
+    basis."""
     folder = tmp_path_factory.mktemp("inputs")
     i = np.arange(1, 40)
     angle = np.r_[np.pi, 0.1 + np.sin(np.pi * i / 40) ** 2]
@@ -71,9 +76,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scaled = np.r_[np.pi, scale * angle[1:]]
         scipy.io.savemat(folder / f"{name}.mat", {"alpha": scaled, "TRF": duration})
     rng = np.random.default_rng(5)
-    with h5py.File(folder / "basis.h5", "w") as file:
-        for key in ("U", "V"):
-            file[key] = np.linalg.qr(rng.normal(size=(40, RANK)))[0]
+    for name in ("basis", "bases"):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            for key in ("U", "V"):
+                file[key] = np.linalg.qr(rng.normal(size=(40, RANK)))[0]
     for name in ("images", "others"):
         with h5py.File(folder / f"{name}.h5", "w") as file:
             for key in ("x", "y"):
@@ -90,6 +96,9 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = stages.start(read(inputs, TINY), tmp_path_factory.mktemp("trained"))
     stages.simulate_run(run, progress=silent)
     stages.train_run(run, resume=False, say=silent, progress=silent)
+    vectors = files.read_dataset(run.dataset)[0].basis.vectors
+    with h5py.File(inputs / "own.h5", "w") as file:
+        file["U"], file["UH"], file["V"] = vectors, vectors.conj().T, vectors[:, ::-1]
     return run
 
 
@@ -105,16 +114,21 @@ def run(trained: Run, tmp_path: Path) -> Run:
 def test_the_demo_needs_no_files() -> None:
     demo = stages.read(None)
     assert demo.sequence.path is None and demo.brain is not None
-    assert stages.pulse_train(demo).digest == sequence.bundled().digest
+    model, prior, rank = stages.inputs(demo)
+    assert model.train.digest == sequence.bundled().digest
+    assert prior.names == model.names
+    assert rank == 13  # the paper's, §2.4
 
 
 def test_paths_are_relative_to_the_data_folder_and_that_to_the_file(tmp_path: Path) -> None:
-    content = merged(TINY, {"data": "data", "simulation": {"basis": "basis.h5"}} | MAP)
+    content = merged(TINY, {"data": "data"} | BASIS | MAP)
+    content = merged(content, {"map": {"basis": "own.h5", "basis_key": "U"}})
     for options, folder in (({}, tmp_path / "data"), ({"data": tmp_path / "x"}, tmp_path / "x")):
         experiment = read(tmp_path, content, **options)
         assert experiment.sequence.path == folder / "train.mat"
         assert experiment.simulation.basis == folder / "basis.h5"
         assert experiment.map.coefficients == folder / "images.h5"
+        assert experiment.map.basis == folder / "own.h5"
         assert experiment.map.mask is None
     absolute = merged(content, {"sequence": {"path": "/elsewhere/train.mat"}})
     assert read(tmp_path, absolute).sequence.path == Path("/elsewhere/train.mat")
@@ -134,23 +148,68 @@ def test_an_experiment_survives_its_file(inputs: Path, tmp_path: Path) -> None:
 
 def test_the_prior_replaces_the_papers_in_its_order() -> None:
     experiment = Experiment(prior={"T2f": Uniform(0.01, 0.2)})
-    prior = stages.prior(experiment, 3.5e-3)
+    model, prior, _ = stages.inputs(experiment)
     assert prior.names == experiment.model.parameters
     assert prior.distributions["T2f"] == Uniform(0.01, 0.2)
-    assert prior.distributions["B0"] == Uniform(-np.pi / 3.5e-3, np.pi / 3.5e-3)
+    limit = np.pi / model.train.repetition_time
+    assert prior.distributions["B0"] == Uniform(-limit, limit)
     assert prior.ordered == (("T2f", "T1"),)
 
 
+def test_a_given_basis_takes_the_place_of_a_rank(inputs: Path) -> None:
+    assert stages.inputs(read(inputs, TINY))[2] == RANK
+    basis = stages.inputs(read(inputs, merged(TINY, BASIS)))[2]
+    assert isinstance(basis, Basis)
+    with h5py.File(inputs / "basis.h5") as file:
+        np.testing.assert_array_equal(basis.vectors, file["U"][()])
+    # Of the bundled train it can be none: that has another number of pulses.
+    longer = merged(TINY, {"sequence": None} | BASIS)
+    with pytest.raises(ValueError, match=r"expected a basis of T=\d+ time points"):
+        stages.inputs(read(inputs, longer))
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        {"sequence": {"path": None, "inversion": "spoiled"}},
-        {"sequence": {"path": None, "repetition_time": 3.5e-3}},
+        ({"sequence": {"inversion": "spoiled"}}, "expected a path"),
+        ({"sequence": {"repetition_time": 3.5e-3}}, "expected a path"),
+        ({"simulation": {"basis": "U.h5"}}, "expected a rank, or a basis with its basis_key"),
+        ({"simulation": {"basis_key": "U"}}, "expected a rank, or a basis with its basis_key"),
+        (
+            {"simulation": {"basis": "U.h5", "basis_key": "U", "rank": 5}},
+            "got rank 5, basis U.h5 and basis_key U",
+        ),
+        (merged(MAP, {"map": {"basis": "U.h5"}}), "expected a basis with its basis_key"),
+        (merged(MAP, {"map": {"basis_key": "U"}}), "expected a basis with its basis_key"),
+        (merged(MAP, {"map": {"ranges": {"T9": [0, 1]}}}), "m0s, T1, T2f; got 'T9'"),
+        (MAP | {"brain": {}}, r"expected \[map\] or \[brain\]"),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="expected a path"):
+def test_an_option_that_would_do_nothing_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Experiment.model_validate(change)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan])
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [("sequence", "repetition_time"), ("evaluation", "snr"), ("brain", "voxel_size")],
+)
+def test_what_must_be_positive_and_finite_is_refused_by_name(
+    section: str, field: str, value: float
+) -> None:
+    """Before hours of training, not after them."""
+    given = [20, value] if field == "snr" else value
+    with pytest.raises(ValidationError) as caught:
+        Experiment.model_validate({section: {field: given}})
+    assert [error["loc"][:2] for error in caught.value.errors()] == [(section, field)]
+
+
+def test_an_empty_list_and_a_reversed_range_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"evaluation.snr\n.*at least 1 item"):
+        Experiment.model_validate({"evaluation": {"snr": []}})
+    with pytest.raises(ValidationError, match=r"range of T1 as \[low, high\]; got \[2, 1\]"):
+        Experiment.model_validate(merged(MAP, {"map": {"ranges": {"T1": [2, 1]}}}))
 
 
 # Every option does something. What each field changes, and how that shows.
@@ -167,7 +226,7 @@ def data_set(run: Run) -> list[np.ndarray]:
 
 def weights(run: Run) -> list[np.ndarray]:
     stages.train_run(run, resume=False, say=silent, progress=silent)
-    return [tensor.detach().numpy() for tensor in stages.load_network(run.network)[0].parameters()]
+    return [tensor.detach().numpy() for tensor in stages.load_network(run)[0].parameters()]
 
 
 def audit(run: Run) -> list[np.ndarray]:
@@ -187,20 +246,35 @@ def brain(run: Run) -> list[np.ndarray]:
     return [files.read_coefficients(section.coefficients).data]
 
 
-def page(run: Run) -> list[np.ndarray]:
-    return [np.array(stages.report_run(run).read_text())]
+def compared(run: Run) -> list[np.ndarray]:
+    """Which basis the images are said to have, whether or not it is the network's."""
+    section = run.experiment.map
+    stages.map_run(run, section, run.maps, force=True, say=silent, progress=silent)
+    provenance = files.read_json(run.maps / "summary.json")["provenance"]
+    return [np.array(provenance["basis_of_images_sha256"])]
+
+
+def picture(run: Run) -> list[np.ndarray]:
+    """The report's images; its text would repeat the options, used or not."""
+    mapped(run)
+    text = stages.report_run(run).read_text()
+    return [np.array(re.findall('<img src="([^"]*)"', text))]
+
+
+def heading(run: Run) -> list[np.ndarray]:
+    return [np.array(re.findall("<h1>(.*)</h1>", stages.report_run(run).read_text()))]
 
 
 def train_file(run: Run) -> list[np.ndarray]:
-    return [stages.pulse_train(run.experiment).flip_angle]
+    return [stages.inputs(run.experiment)[0].train.flip_angle]
 
 
-BASIS = {"simulation": {"basis": "basis.h5"}}
+OWN = merged(MAP, {"map": {"basis": "own.h5", "basis_key": "U"}})
 INSIDE = merged(MAP, {"map": {"mask_key": "inside"}})
 SPLIT = ["m0s", "T1f", "T1s", "T2f", "Rx", "T2s", "B0", "B1"]
 # Field: where it shows, the experiment without the change (beyond TINY), and the change.
 FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[str, Any]]] = {
-    "title": (page, {}, {"title": "Another"}),
+    "title": (heading, {}, {"title": "Another"}),
     "data": (train_file, {}, {"data": "elsewhere"}),
     "sequence.path": (data_set, {}, {"sequence": {"path": "other.mat"}}),
     "sequence.repetition_time": (data_set, {}, {"sequence": {"repetition_time": 4e-3}}),
@@ -211,7 +285,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "simulation.validation": (data_set, {}, {"simulation": {"validation": 33}}),
     "simulation.test": (data_set, {}, {"simulation": {"test": 33}}),
     "simulation.rank": (data_set, {}, {"simulation": {"rank": RANK + 1}}),
-    "simulation.basis": (data_set, {}, BASIS),
+    "simulation.basis": (data_set, BASIS, {"simulation": {"basis": "bases.h5"}}),
     "simulation.basis_key": (data_set, BASIS, {"simulation": {"basis_key": "V"}}),
     "simulation.seed": (data_set, {}, {"simulation": {"seed": 1}}),
     # Its own fields: tests/test_train.py.
@@ -224,6 +298,10 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.key": (mapped, MAP, {"map": {"key": "y"}}),
     "map.mask": (mapped, INSIDE, {"map": {"mask": "mask.npy"}}),
     "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
+    "map.basis": (compared, OWN, {"map": {"basis": "basis.h5"}}),
+    "map.basis_key": (compared, OWN, {"map": {"basis_key": "V"}}),
+    "map.quarter_turns": (picture, MAP, {"map": {"quarter_turns": 1}}),
+    "map.ranges": (picture, MAP, {"map": {"ranges": {"T2f": [0.0, 1.0]}}}),
     "brain.snr": (brain, {"brain": {}}, {"brain": {"snr": 51.0}}),
     "brain.voxel_size": (brain, {"brain": {}}, {"brain": {"voxel_size": 60.0}}),
     "brain.seed": (brain, {"brain": {}}, {"brain": {"seed": 3}}),
@@ -272,7 +350,7 @@ def test_every_field_matters(
         folder.mkdir()
         if observe is not data_set:
             (folder / "dataset.h5").symlink_to(trained.dataset)
-        if observe in (audit, mapped):
+        if observe in (audit, mapped, compared, picture):
             (folder / "network").symlink_to(trained.network)
         results.append(observe(Run(folder, read(inputs, content))))
     first, again, changed = results
@@ -305,6 +383,65 @@ def test_the_same_experiment_from_another_folder_is_the_same(run: Run, tmp_path:
     assert (run.folder / "experiment.toml").read_bytes() == before
     with pytest.raises(OutputExistsError, match="another experiment"):
         stages.start(read(tmp_path, TINY), run.folder)
+
+
+@pytest.mark.parametrize("left", ["network/card.json", "network/checkpoint.safetensors"])
+def test_a_network_without_its_data_set_keeps_its_experiment(
+    run: Run, inputs: Path, left: str
+) -> None:
+    """Else it would pass for a network of the other data."""
+    for path in (run.dataset, run.checkpoint, run.network / "card.json"):
+        if path != run.folder / left:
+            path.unlink()
+    other = read(inputs, merged(TINY, {"simulation": {"seed": 1}}))
+    with pytest.raises(OutputExistsError, match="another experiment"):
+        stages.start(other, run.folder)
+    assert stages.start(run.experiment, run.folder).experiment == run.experiment
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sequence": {"path": "missing.mat"}},
+        merged(BASIS, {"simulation": {"basis": "missing.h5"}}),
+        merged(BASIS, {"simulation": {"basis_key": "missing"}}),
+        {"sequence": None} | BASIS,
+    ],
+    ids=["no train", "no basis", "no key", "basis of another train"],
+)
+def test_force_removes_nothing_that_cannot_be_made_anew(
+    run: Run, inputs: Path, change: dict[str, Any]
+) -> None:
+    audit(run)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="expected"):
+        stages.start(read(inputs, merged(TINY, change)), run.folder, force=True)
+    after = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_forced_training_keeps_the_network_if_the_data_set_is_damaged(run: Run) -> None:
+    run.dataset.write_bytes(run.dataset.read_bytes()[:2000])
+    with pytest.raises(UnreadableFileError, match="truncated"):
+        stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    assert run.checkpoint.exists() and run.log.exists()
+    assert stages.load_network(run)[1]["rank"] == RANK
+
+
+def test_an_untrained_run_says_how_to_train_it(run: Run) -> None:
+    (run.network / "card.json").unlink()
+    with pytest.raises(ExperimentError, match=rf"there is none yet. .*train {run.folder}$"):
+        stages.load_network(run)
+
+
+def test_a_network_is_audited_on_its_own_data_set(run: Run, inputs: Path) -> None:
+    audit(run)
+    before = run.audit.read_bytes()
+    other = Run(run.folder, read(inputs, merged(TINY, {"simulation": {"seed": 1}})))
+    stages.simulate_run(other, progress=silent)
+    with pytest.raises(ExperimentError, match=r"expected the data set that .*train .* --force$"):
+        stages.evaluate_run(other, say=silent, progress=silent)
+    assert run.audit.read_bytes() == before
 
 
 def test_only_a_run_folder_can_be_opened(inputs: Path, tmp_path: Path) -> None:
@@ -381,6 +518,65 @@ def test_maps_that_fail_everywhere_are_said_to(run: Run) -> None:
     assert summary["failed_voxels"] == summary["regions"]["all"]["voxels"] == 4
 
 
+@pytest.mark.parametrize(("key", "known"), [("U", True), ("UH", True), ("V", False)])
+def test_the_basis_of_the_images_is_compared_by_its_hash(
+    run: Run, inputs: Path, key: str, known: bool
+) -> None:
+    section = read(inputs, merged(OWN, {"map": {"basis_key": key}})).map
+    said: list[str] = []
+
+    def map_images(*, force: bool = False) -> None:
+        stages.map_run(run, section, run.maps, force=force, say=said.append, progress=silent)
+
+    if known:
+        map_images()
+        assert not any("basis" in line for line in said)
+        return
+    with pytest.raises(BasisMismatchError, match="expected coefficients in the network's basis"):
+        map_images()
+    assert not run.maps.exists()
+    map_images(force=True)
+    assert "the images were made with another basis; mapped all the same" in said
+
+
+@pytest.mark.parametrize(
+    ("affine", "turns", "corner"),
+    [(None, 0, (4, 0)), (None, 1, (2, 4)), (None, -1, (0, 0)), (np.eye(4), 1, (4, 0))],
+)
+def test_pictures_turn_counter_clockwise_where_no_affine_tells(
+    trained: Run,
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    affine: np.ndarray | None,
+    turns: int,
+    corner: tuple[int, int],
+) -> None:
+    """The first axis points to the right, the second up: the lower right corner goes up."""
+    run = Run(tmp_path, read(inputs, merged(TINY | MAP, {"map": {"quarter_turns": turns}})))
+    shutil.copy(trained.dataset, run.dataset)
+    values = np.full((5, 3, 1, 2), 0.1)
+    values[4, 0] = 0.2
+    files.write_maps(
+        maps.Maps(("m0s", "T2f"), values, np.ones((5, 3, 1), bool), 0),
+        run.maps,
+        volume=files.Volume(np.ones((5, 3, 1, RANK), np.complex64), affine),
+        parameters=[PARAMETERS["m0s"], PARAMETERS["T2f"]],
+        provenance={},
+    )
+    files.write_json(run.maps / "summary.json", {"regions": {"all": {}}})
+    drawn, draw = [], report.map_panel
+
+    def drawing(estimate: Any, *arguments: Any, **options: Any) -> Any:
+        drawn.append(estimate["m0s"])
+        return draw(estimate, *arguments, **options)
+
+    monkeypatch.setattr(report, "map_panel", drawing)
+    stages.report_run(run)
+    (shown,) = drawn
+    assert np.unravel_index(shown.argmax(), shown.shape)[:2] == corner
+
+
 @pytest.mark.parametrize(
     ("estimated", "found"), [(("m0s", "T1"), True), (("m0s", "T2f"), False), (("T1",), False)]
 )
@@ -404,15 +600,17 @@ def test_white_matter_is_shown_where_it_can_be_found(
 def test_what_is_no_brain_has_no_white_matter(run: Run, inputs: Path) -> None:
     content = merged(TINY, {"training": {"estimated": ["m0s", "T1"]}} | MAP)
     run = Run(run.folder, read(inputs, content))
-    stages.forget_training(run)
-    weights(run)
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
     # A phantom of long T1.
-    network, card = stages.load_network(run.network)
+    network, card = stages.load_network(run)
     state = network.state_dict() | {"output_mean": torch.tensor([0.0, 20.0])}
     files.save_network(run.network, state, card)
     said: list[str] = []
+    run.maps.mkdir()
+    (run.maps / "white_matter.nii.gz").write_bytes(b"of earlier maps")
     stages.map_run(run, run.experiment.map, run.maps, say=said.append, progress=silent)
     assert any(line.startswith("no white matter found") for line in said)
+    assert not (run.maps / "white_matter.nii.gz").exists()
     assert list(files.read_json(run.maps / "summary.json")["regions"]) == ["all"]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import importlib.util
@@ -14,9 +15,13 @@ import scipy.io
 import torch
 
 from fisherprint import files
-from fisherprint.files import OutputExistsError, UnreadableFileError, Volume, read_coefficients
+from fisherprint.evaluate import Audit, Score
+from fisherprint.files import UnreadableFileError, Volume, read_coefficients
 from fisherprint.maps import Maps
 from fisherprint.parameters import Parameter
+from fisherprint.sequence import PulseTrain
+from fisherprint.simulate import SPLITS, DataSet, Reduced
+from fisherprint.subspace import Basis
 
 SHAPE = (4, 5, 3, 6)  # no two axes alike, so that no permutation goes unnoticed
 M0S = Parameter("m0s", "$m_0^s$", "", (0.0, 1.0))
@@ -320,6 +325,120 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, array, message):
         files.read_mask(tmp_path / "mask.npy", SHAPE[:3])
 
 
+# Masks and coefficient images that were written.
+
+
+@pytest.mark.parametrize("affine", [None, oblique_affine()], ids=["nowhere", "placed"])
+def test_a_mask_comes_back(tmp_path, affine):
+    inside = images()[..., 0].real > 0
+    files.write_mask(tmp_path / "mask.nii.gz", inside, volume=Volume(images(), affine))
+    np.testing.assert_array_equal(files.read_mask(tmp_path / "mask.nii.gz", SHAPE[:3]), inside)
+    image = nibabel.load(tmp_path / "mask.nii.gz")
+    assert image.get_data_dtype() == np.uint8
+    if affine is not None:
+        # NIfTI stores the affine in float32.
+        np.testing.assert_allclose(image.affine, affine, rtol=1e-6, atol=1e-6)
+
+
+def test_coefficients_come_back_with_the_identity_of_their_basis(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    given = read_coefficients(write_nifti(tmp_path / "given.nii", images(), sform=4, qform=1))
+    files.write_coefficients(path, given, basis_sha256="ab" * 32)
+    volume = read_coefficients(path, rank=6)
+    np.testing.assert_array_equal(volume.data, images())
+    np.testing.assert_array_equal(volume.affine, given.affine)
+    assert (volume.header["sform_code"], volume.header["qform_code"]) == (4, 1)
+    assert volume.header.get_xyzt_units()[0] == "mm"
+    assert files.recorded_basis(path) == "ab" * 32
+    files.write_coefficients(path, Volume(images()), basis_sha256="cd" * 32)
+    assert files.recorded_basis(path) == "cd" * 32
+    # Nothing places them in space, and nothing claims to.
+    header = nibabel.load(path).header
+    assert header["sform_code"] == header["qform_code"] == 0
+
+
+@pytest.mark.parametrize("name", ["a.b.nii.gz", "a.b.nii", "a.b.cfl", "a.b.h5", "a.b.NII.GZ"])
+def test_the_basis_is_recorded_beside_images_of_any_format(tmp_path, name):
+    assert files.recorded_basis(tmp_path / name) is None
+    files.write_json(tmp_path / "a.b.json", {"EchoTime": 0.001})
+    assert files.recorded_basis(tmp_path / name) is None
+    files.write_json(tmp_path / "a.b.json", {"BasisSHA256": "ab"})
+    assert files.recorded_basis(tmp_path / name) == "ab"
+    (tmp_path / "a.b.json").write_text('{"BasisSHA256": ')
+    with pytest.raises(UnreadableFileError, match=r"a\.b\.json cannot be parsed"):
+        files.recorded_basis(tmp_path / name)
+
+
+# Bases.
+
+
+def complex_basis(n_samples=12, rank=3):
+    rng = np.random.default_rng(4)
+    vectors = rng.normal(size=(n_samples, rank)) + 1j * rng.normal(size=(n_samples, rank))
+    return Basis(np.linalg.qr(vectors)[0])
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "matlab73", "matlab5"])
+def test_a_basis_may_stand_upright_or_as_the_matrix_that_makes_coefficients(tmp_path, kind):
+    """(T, K) are the vectors U; (K, T) is Uᴴ, so that coefficients = matrix · signal."""
+    basis = complex_basis()
+    arrays = {"upright": basis.vectors, "matrix": basis.vectors.conj().T}
+    path = tmp_path / "U.mat"
+    if kind == "matlab5":
+        scipy.io.savemat(path, arrays)
+    elif kind == "matlab73":
+        write_matlab73(path, **arrays)
+    else:
+        path = write_hdf5(tmp_path / "U.h5", **arrays)
+    upright, matrix = (files.read_basis(path, key=key, n_samples=12) for key in arrays)
+    assert upright.digest == matrix.digest
+    if kind == "matlab73":
+        # Written in single precision; orthonormality costs no further digit.
+        np.testing.assert_allclose(upright.vectors, basis.vectors, rtol=0, atol=1e-7)
+    else:
+        assert upright.digest == basis.digest
+    signal = np.random.default_rng(5).normal(size=(2, 12)) @ np.diag(np.exp(1j * np.arange(12)))
+    # Sums of 12 products of order one; the vectors are good to 1e-7.
+    np.testing.assert_allclose(
+        matrix.compress(signal), signal @ arrays["matrix"].T, rtol=0, atol=1e-6
+    )
+
+
+def test_a_real_basis_is_a_basis_too(tmp_path):
+    vectors = np.linalg.qr(np.random.default_rng(4).normal(size=(12, 3)))[0]
+    path = write_hdf5(tmp_path / "U.h5", U=vectors, UT=vectors.T)
+    bases = [files.read_basis(path, key=key, n_samples=12) for key in ("U", "UT")]
+    assert bases[0].digest == bases[1].digest == Basis(vectors).digest
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.eye(13)[:, :3], r"T=12 time points in .*U\.h5.* got the shape \(13, 3\)"),
+        (np.ones(12), r"got the shape \(12,\)"),
+        (np.ones((12, 3)), "orthonormal"),
+        (np.eye(13)[:12], "orthonormal"),
+        (np.full((12, 3), np.nan), "must be finite"),
+    ],
+    ids=["other train", "one axis", "not orthonormal", "more vectors than samples", "NaN"],
+)
+def test_what_is_no_basis_of_the_train_is_refused(tmp_path, array, message):
+    path = write_hdf5(tmp_path / "U.h5", U=array)
+    with pytest.raises(ValueError, match=message):
+        files.read_basis(path, key="U", n_samples=12)
+
+
+def test_a_basis_that_cannot_be_read_is_named(tmp_path):
+    path = write_hdf5(tmp_path / "U.h5", U=complex_basis().vectors)
+    with pytest.raises(UnreadableFileError, match=r"expected the key 'V' .* it has U"):
+        files.read_basis(path, key="V", n_samples=12)
+    truncate(path)
+    with pytest.raises(UnreadableFileError, match="truncated"):
+        files.read_basis(path, key="U", n_samples=12)
+    with pytest.raises(UnreadableFileError, match="expected a file"):
+        files.read_basis(tmp_path / "V.h5", key="U", n_samples=12)
+
+
 # Writing maps.
 
 
@@ -400,6 +519,30 @@ def test_maps_of_another_volume_or_without_description_are_refused(tmp_path):
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.parametrize("affine", [None, oblique_affine()], ids=["nowhere", "placed"])
+def test_maps_come_back(tmp_path, affine):
+    write_two(tmp_path, Volume(images(), affine))
+    read = files.read_maps(tmp_path, ["m0s", "T2f"])
+    assert read.maps.names == ("m0s", "T2f")
+    for name in read.maps.names:
+        np.testing.assert_array_equal(read.maps[name], two_maps()[name].astype(np.float32))
+    np.testing.assert_array_equal(read.mask, np.isfinite(two_maps()["m0s"]))
+    if affine is None:
+        assert read.affine is None
+    else:
+        # NIfTI stores the affine in float32.
+        np.testing.assert_allclose(read.affine, affine, rtol=1e-6, atol=1e-6)
+
+
+def test_maps_that_cannot_be_read_are_named(tmp_path):
+    write_two(tmp_path)
+    with pytest.raises(UnreadableFileError, match=r"expected a file at .*T1\.nii\.gz"):
+        files.read_maps(tmp_path, ["m0s", "T1"])
+    truncate(tmp_path / "m0s.nii.gz")
+    with pytest.raises(UnreadableFileError, match=r"m0s\.nii\.gz .* damaged"):
+        files.read_maps(tmp_path, ["T2f", "m0s"])
+
+
 # A full disk leaves what was there.
 
 
@@ -416,6 +559,19 @@ WRITERS = {
     "maps": lambda folder: write_two(folder),
     "json": lambda folder: files.write_json(folder / "a.json", {"a": 1}),
     "network": lambda folder: files.save_network(folder, {"w": torch.ones(3)}, {"rank": 13}),
+    "mask": lambda folder: files.write_mask(
+        folder / "mask.nii.gz", np.ones(SHAPE[:3], bool), volume=Volume(images())
+    ),
+    "coefficients": lambda folder: files.write_coefficients(
+        folder / "x.nii.gz", Volume(images()), basis_sha256="ab"
+    ),
+    "text": lambda folder: files.write_text(folder / "a.html", "a"),
+    "toml": lambda folder: files.write_toml(folder / "a.toml", {"a": 1}),
+    "json lines": lambda folder: files.write_jsonl(folder / "a.jsonl", [{"a": 1}]),
+    "data set": lambda folder: write_some_dataset(
+        folder / "dataset.h5", PulseTrain(np.r_[np.pi, 0.5], np.full(2, 3e-4), 3.5e-3)
+    ),
+    "audit": lambda folder: files.write_audit(folder / "evaluation.h5", *some_audit()),
     "checkpoint": lambda folder: files.write_checkpoint(
         folder / "state.safetensors", {"w": torch.ones(3)}, {"epoch": 3}
     ),
@@ -501,19 +657,147 @@ def test_a_broken_line_that_is_not_the_last_is_named(tmp_path):
         files.read_jsonl(tmp_path / "a.jsonl")
 
 
-def test_a_finished_run_is_not_overwritten_unless_forced(tmp_path):
-    folder = tmp_path / "runs" / "one"
-    assert files.claim_folder(folder, finished_marker="done.json") == folder
-    (folder / "partial").touch()
-    files.claim_folder(folder, finished_marker="done.json")  # unfinished: may go on
-    (folder / "done.json").touch()
-    with pytest.raises(OutputExistsError, match=r"another folder, or .* --force"):
-        files.claim_folder(folder, finished_marker="done.json")
-    files.claim_folder(folder, finished_marker="done.json", force=True)
-    assert not (folder / "done.json").exists()
-    assert (folder / "partial").exists()
-    with pytest.raises(OutputExistsError, match="found a file"):
-        files.claim_folder(folder / "partial", finished_marker="done.json")
+@pytest.mark.parametrize("text", ["", "θ = Uᴴ s\n", "no end of line"])
+def test_text_is_written_as_it_is(tmp_path, text):
+    path = tmp_path / "new" / "page.html"
+    files.write_text(path, "older and longer than the others")
+    files.write_text(path, text)
+    assert path.read_bytes() == text.encode("utf-8")
+
+
+def test_toml_returns_what_was_written(tmp_path):
+    content = {"title": 'É "≠" E', "low": -float("inf"), "n": 3, "map": {"ranges": {"T1": [0, 2]}}}
+    files.write_toml(tmp_path / "a.toml", content)
+    assert files.read_toml(tmp_path / "a.toml") == content
+    assert (tmp_path / "a.toml").read_text("utf-8") == files.to_toml(content)
+
+
+def test_toml_that_cannot_be_written_leaves_the_old_file(tmp_path):
+    files.write_toml(tmp_path / "a.toml", {"a": 1})
+    with pytest.raises(TypeError):  # TOML has no null
+        files.write_toml(tmp_path / "a.toml", {"a": None})
+    assert files.read_toml(tmp_path / "a.toml") == {"a": 1}
+
+
+def test_json_lines_written_anew_are_those_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    files.append_jsonl(path, {"epoch": 1})
+    files.write_jsonl(path, [{"epoch": 2, "note": "ε"}, {"epoch": 3}])
+    assert files.read_jsonl(path) == [{"epoch": 2, "note": "ε"}, {"epoch": 3}]
+    files.write_jsonl(path, [])
+    assert files.read_jsonl(path) == []
+
+
+def test_the_digest_of_a_file_is_sha256(tmp_path):
+    # FIPS 180-2, appendix B.1.
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert files.file_digest(tmp_path / "abc") == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+# Data sets and audits.
+
+
+def some_dataset():
+    rng = np.random.default_rng(6)
+
+    def reduced(size):
+        bounds = rng.random((2, size, 2))
+        bounds[1, 0, 1] = np.inf  # a fingerprint without a bound
+        coefficients = rng.normal(size=(size, 3)) + 1j * rng.normal(size=(size, 3))
+        return Reduced(rng.random((size, 2)), coefficients, bounds[0], bounds[1])
+
+    samples = {split: reduced(size) for split, size in zip(SPLITS, (5, 4, 3), strict=True)}
+    return DataSet(("m0s", "T2f"), complex_basis(), samples, 0.998)
+
+
+def write_some_dataset(path, train):
+    files.write_dataset(path, some_dataset(), train, seed=7, versions={"numpy": "2.0"})
+
+
+def some_audit():
+    rng = np.random.default_rng(8)
+    bias, variance = rng.random((2, 2, 4, 3))
+    bias[1, 2, 0] = variance[1, 2, 0] = np.nan  # an estimate that failed
+    crb = rng.random((4, 3))
+    crb[3, 1] = np.inf
+    names = ("m0s", "T1", "T2f")
+    snr = np.array([20.0, 50.0])
+    audit = Audit(names, snr, rng.random((4, 3)), crb, bias, variance, n_noise=300)
+    return audit, Score(names, 1.25, 0.01, rng.random(3), rng.random(3), 7, 2, 1)
+
+
+def assert_equal_fields(read, written):
+    for field in dataclasses.fields(written):
+        np.testing.assert_array_equal(getattr(read, field.name), getattr(written, field.name))
+
+
+def test_a_data_set_comes_back_bit_for_bit(tmp_path, short_train):
+    written, path = some_dataset(), tmp_path / "new" / "dataset.h5"
+    write_some_dataset(path, short_train)
+    read, train = files.read_dataset(path)
+    assert (read.names, read.energy) == (written.names, written.energy)
+    assert read.basis.digest == written.basis.digest
+    assert train.digest == short_train.digest
+    assert list(read.samples) == list(SPLITS)
+    for split in SPLITS:
+        assert_equal_fields(read.samples[split], written.samples[split])
+    # The same data give the same file, so that its digest can identify them.
+    write_some_dataset(tmp_path / "again.h5", short_train)
+    assert files.file_digest(tmp_path / "again.h5") == files.file_digest(path)
+
+
+def test_an_audit_comes_back_bit_for_bit(tmp_path):
+    audit, score = some_audit()
+    files.write_audit(tmp_path / "evaluation.h5", audit, score)
+    read, read_score = files.read_audit(tmp_path / "evaluation.h5")
+    assert_equal_fields(read, audit)
+    assert_equal_fields(read_score, score)
+
+
+def other_format(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs["format"] = 2
+
+
+def foreign_group(path):
+    with h5py.File(path, "w") as file:
+        file["images"] = np.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "truncated"),
+        (lambda path: path.write_bytes(b"GIF89a"), r"expected an HDF5 .*\(6 bytes\)"),
+        (lambda path: path.unlink(), "expected a file"),
+        (other_format, r"of format 1 with .* has format 2 and .* another version or tool\?"),
+        (foreign_group, "has format None and images"),
+    ],
+    ids=["truncated", "foreign", "missing", "other format", "other HDF5"],
+)
+@pytest.mark.parametrize("kind", ["data set", "evaluation"])
+def test_a_record_that_cannot_be_read_is_named(tmp_path, short_train, kind, damage, message):
+    path = tmp_path / "record.h5"
+    if kind == "data set":
+        write_some_dataset(path, short_train)
+    else:
+        files.write_audit(path, *some_audit())
+    damage(path)
+    with pytest.raises(UnreadableFileError, match=message) as caught:
+        (files.read_dataset if kind == "data set" else files.read_audit)(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_data_set_is_no_audit_and_an_audit_no_data_set(tmp_path, short_train):
+    path = tmp_path / "record.h5"
+    write_some_dataset(path, short_train)
+    with pytest.raises(UnreadableFileError, match="expected a fisherprint evaluation"):
+        files.read_audit(path)
+    files.write_audit(path, *some_audit())
+    with pytest.raises(UnreadableFileError, match="expected a fisherprint data set"):
+        files.read_dataset(path)
 
 
 # Networks.

@@ -138,9 +138,9 @@ def train(
 
     with _display() as display:
         opened = stages.open_run(run)
-        if force:
-            stages.forget_training(opened)
-        stages.train_run(opened, resume=resume, say=display.say, progress=display.progress)
+        stages.train_run(
+            opened, resume=resume, force=force, say=display.say, progress=display.progress
+        )
         display.say(f"network: {opened.network}")
 
 
@@ -181,6 +181,8 @@ def map_(
     """
     from fisherprint import experiment as stages
 
+    if (basis is None) != (basis_key is None):
+        raise typer.BadParameter("--basis and --basis-key belong together; got one of them.")
     section = stages.MapSection(
         coefficients=coefficients,
         key=key,

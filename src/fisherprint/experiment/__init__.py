@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from fisherprint.experiment.folder import (
     Run,
-    forget_training,
     open_run,
     require_absent,
     start,
@@ -57,7 +56,6 @@ __all__ = [
     "SequenceSection",
     "SimulationSection",
     "evaluate_run",
-    "forget_training",
     "inputs",
     "labelled",
     "load_network",

@@ -64,7 +64,7 @@ def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
         forget_training(run)
         for product in (run.dataset, run.audit, run.maps / "summary.json", run.report):
             product.unlink(missing_ok=True)
-    elif run.dataset.exists():
+    elif any(path.exists() for path in (run.dataset, run.checkpoint, run.network / "card.json")):
         if _asked_for(open_run(folder).experiment) != _asked_for(experiment):
             raise files.OutputExistsError(
                 f"{folder} holds a run of another experiment. Choose another folder, or replace "

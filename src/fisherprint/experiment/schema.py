@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     ValidationError,
     model_validator,
 )
@@ -24,6 +23,8 @@ from fisherprint.subspace import Basis
 # Coefficients, as in the paper (§2.4).
 DEFAULT_RANK = 13
 
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,7 +34,7 @@ class SequenceSection(_Section):
     """The pulse train; without a path, the one that comes with the package."""
 
     path: Path | None = Field(None, description=".mat (keys alpha, TRF), .h5 or .toml")
-    repetition_time: float | None = Field(None, gt=0, description="TR in s")
+    repetition_time: _Positive | None = Field(None, description="TR in s")
     inversion: Inversion | None = Field(None, description="crushed or spoiled")
 
     @model_validator(mode="after")
@@ -80,7 +81,7 @@ class SimulationSection(_Section):
 class EvaluationSection(_Section):
     """The audit against the bound."""
 
-    snr: tuple[PositiveFloat, ...] = Field(
+    snr: tuple[_Positive, ...] = Field(
         (5, 10, 20, 50, 100, 200), min_length=1, description="values of SNRmax"
     )
     n_noise: int = Field(300, ge=2, description="noise realizations of each fingerprint")
@@ -104,12 +105,27 @@ class MapSection(_Section):
         {}, description="limits of the report's colours by parameter, SI units"
     )
 
+    @model_validator(mode="after")
+    def _options_do_something(self) -> MapSection:
+        if (self.basis is None) != (self.basis_key is None):
+            raise ValueError(
+                f"expected a basis with its basis_key; got basis {self.basis} and basis_key "
+                f"{self.basis_key}. Name both, or drop both."
+            )
+        for name, (low, high) in self.ranges.items():
+            if not low < high:
+                raise ValueError(
+                    f"expected the range of {name} as [low, high]; got [{low:g}, {high:g}]. "
+                    "Swap or correct them."
+                )
+        return self
+
 
 class BrainSection(_Section):
     """The digital brain, from the tissue maps that ship with nilearn."""
 
     snr: float = Field(50.0, gt=0, description="SNRmax where |M0| = 1")
-    voxel_size: float = Field(2.0, gt=0, description="mm")
+    voxel_size: _Positive = Field(2.0, description="mm")
     seed: int = Field(2, ge=0)
 
 
@@ -136,6 +152,13 @@ class Experiment(_Section):
                 raise ValueError(
                     f"expected parameters of the model, {', '.join(self.model.parameters)}; "
                     f"got {name!r}. Correct the name, or [model] parameters."
+                )
+        for name in () if self.map is None else self.map.ranges:
+            if name not in self.training.estimated:
+                raise ValueError(
+                    "expected ranges of parameters that are estimated, "
+                    f"{', '.join(self.training.estimated)}; got {name!r}. Correct the name, or "
+                    "[training] estimated."
                 )
         if self.map is not None and self.brain is not None:
             raise ValueError("expected [map] or [brain]; got both. Keep one.")

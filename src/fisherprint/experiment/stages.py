@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fisherprint import evaluate as evaluation
 from fisherprint import files, maps, simulate, train
-from fisherprint.experiment.folder import Run, require_absent, versions
+from fisherprint.experiment.folder import Run, forget_training, require_absent, versions
 from fisherprint.experiment.pages import report_run
 from fisherprint.experiment.schema import ExperimentError, MapSection, inputs
 from fisherprint.models import TwoPool
@@ -61,8 +61,17 @@ def labelled(data: simulate.DataSet, split: str, names: tuple[str, ...]) -> trai
     ).select(names)
 
 
-def train_run(run: Run, *, resume: bool, say: Say, progress: Progress) -> None:
+def train_run(
+    run: Run, *, resume: bool, force: bool = False, say: Say, progress: Progress
+) -> None:
     """Stage 2: train from the start or from the last epoch; then write weights and card.
+
+    Args:
+        run: where the data set is.
+        resume: go on after the last finished epoch, if there is one.
+        force: forget earlier epochs, once the data set is known to be readable.
+        say: told each epoch's losses.
+        progress: told how many epochs are done.
 
     Raises:
         OutputExistsError: there are epochs of an earlier training and `resume` is not given, or
@@ -70,6 +79,8 @@ def train_run(run: Run, *, resume: bool, say: Say, progress: Progress) -> None:
     """
     config = run.experiment.training
     data, pulses = files.read_dataset(run.dataset)
+    if force:
+        forget_training(run)
     state = None
     if run.checkpoint.exists():
         if not resume:
@@ -242,6 +253,8 @@ def map_run(
         "loss": card["config"]["loss"],
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
+    white_matter = out / "white_matter.nii.gz"
+    white_matter.unlink(missing_ok=True)  # of earlier maps
     regions = {"all": result.mask}
     longitudinal = next((name for name in ("T1f", "T1") if name in estimated), None)
     if "m0s" in estimated and longitudinal is not None:
@@ -251,7 +264,7 @@ def map_run(
             say(f"no white matter found: {error}")
         else:
             regions["white matter"] = white
-            files.write_mask(out / "white_matter.nii.gz", white, volume=volume)
+            files.write_mask(white_matter, white, volume=volume)
     statistics = {name: _statistics(result, inside) for name, inside in regions.items()}
     files.write_json(
         out / "summary.json",

@@ -199,12 +199,8 @@ def read_basis(path: str | Path, *, key: str, n_samples: int) -> Basis:
 def write_coefficients(path: str | Path, volume: Volume, *, basis_sha256: str) -> None:
     """Write coefficient images as a complex NIfTI, and the identity of their basis beside it."""
     path = Path(path)
-    image = nibabel.Nifti1Image(  # type: ignore[no-untyped-call]
-        volume.data, volume.affine
-    )
-    image.header["xyzt_units"] = 2  # mm
     with _storage.replacing(path) as temporary:
-        nibabel.save(image, temporary)
+        nibabel.save(_as_nifti(volume.data, volume, np.complex64), temporary)
     write_json(_sidecar_of(path), {"BasisSHA256": basis_sha256})
 
 
@@ -215,7 +211,8 @@ def recorded_basis(path: str | Path) -> str | None:
 
 
 def _sidecar_of(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(_suffix(path)) + ".json")
+    # The suffix is in lower case, the name may be not.
+    return path.with_name(path.name[: len(path.name) - len(_suffix(path))] + ".json")
 
 
 def read_tissue_maps() -> TissueMaps:
@@ -434,7 +431,7 @@ def _require_finite(data: NDArray[np.complex64], path: Path) -> None:
 
 
 def _as_nifti(
-    values: NDArray[np.float64], volume: Volume, dtype: type[np.generic] = np.float32
+    values: NDArray[np.generic], volume: Volume, dtype: type[np.generic] = np.float32
 ) -> nibabel.Nifti1Image:
     # nibabel announces types, but leaves this constructor without.
     image = nibabel.Nifti1Image(  # type: ignore[no-untyped-call]
