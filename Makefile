@@ -27,16 +27,22 @@ examples: $(VENV)/.dev
 check: test lint types layers examples
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+	    echo "fisherprint needs Python 3.11 or later; $(PYTHON) is:" \
+	        "$$($(PYTHON) --version 2>&1). Name another: make demo PYTHON=python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing fisherprint and its dependencies into $(VENV) (once, a few minutes)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing fisherprint and its dependencies into $(VENV) (once, a few minutes)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
 	@touch $@
 
+# Results in runs/ stay: they may have taken hours.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

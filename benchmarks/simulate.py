@@ -54,11 +54,11 @@ def main() -> None:
         ):
             fisher.bounds(fisher.information(s, ds, noise_std=1.0))
 
-    m0s, T1, T2f, Rx, T2s, B0, B1 = theta[0]
+    θ = dict(zip(model.names, theta[0], strict=True))
     angle, duration = train.flip_angle[0], train.pulse_duration[0]
-    tissue = {"m0s": m0s, "R1f": 1 / T1, "R2f": 1 / T2f, "Rx": Rx}
-    tissue |= {"R1s": 1 / T1, "T2s": T2s, "B0": B0, "B1": B1}
-    r2sl = lineshape.linearized_rate(duration, B1 * angle, T2s).value
+    tissue = {name: θ[name] for name in ("m0s", "Rx", "T2s", "B0", "B1")}
+    tissue |= {"R1f": 1 / θ["T1"], "R1s": 1 / θ["T1"], "R2f": 1 / θ["T2f"]}
+    r2sl = lineshape.linearized_rate(duration, θ["B1"] * angle, θ["T2s"]).value
 
     def oracle() -> None:
         oracles.two_pool_signal(tissue, angle, duration, train.repetition_time, r2sl=r2sl)

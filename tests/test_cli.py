@@ -344,15 +344,23 @@ def test_finished_results_are_kept_without_force(
     finished: tuple[Path, Path], run: Path, images: Path
 ) -> None:
     before = contents(run)
-    for arguments in (
-        ("simulate", finished[0], "-o", run),
-        ("train", run),
-        ("evaluate", run),
-        ("map", images, "--run", run, "-o", run / "maps"),
+    for *arguments, option in (
+        ("simulate", finished[0], "-o", run, "--force"),
+        ("train", run, "--force"),
+        ("evaluate", run, "--force"),
+        ("map", images, "--run", run, "-o", run / "maps", "--overwrite"),
+        ("map", images, "--run", run, "-o", run / "maps", "--force", "--overwrite"),
     ):
         message = refused(*arguments)
-        assert "already" in message and "--force" in message
+        assert "already" in message and option in message
         assert contents(run) == before
+
+
+def test_a_training_goes_on_or_starts_again(run: Path) -> None:
+    before = contents(run)
+    message = refused("train", run, "--resume", "--force")
+    assert "--resume" in message and "--force" in message and "Drop one" in message
+    assert contents(run) == before
 
 
 def test_a_network_without_its_checkpoint_is_kept_too(run: Path) -> None:
@@ -371,10 +379,12 @@ def test_force_replaces_results_by_equal_ones(
     before = modified(run)
     done("evaluate", run, "--force")
     done("train", run, "--force")
-    assert not (run / "evaluation.h5").exists()  # it was the replaced network's
+    # They were the replaced network's.
+    for product in ("evaluation.h5", "maps/summary.json", "report.html"):
+        assert not (run / product).exists()
     done("evaluate", run, "--force")
     mask = whole / "brain/mask.nii.gz"
-    done("map", images, "--mask", mask, "--run", run, "-o", run / "maps", "--force")
+    done("map", images, "--mask", mask, "--run", run, "-o", run / "maps", "--overwrite")
     for path in ("network/weights.safetensors", "evaluation.h5", "maps/T1.json"):
         assert modified(run)[path] != before[path]
     for path in ("network/weights.safetensors", "evaluation.h5"):
@@ -422,7 +432,7 @@ def test_a_full_disk_leaves_the_old_result(
     monkeypatch.setattr(os, "fsync", full)
     for arguments in (
         ("evaluate", run, "--force"),
-        ("map", images, "--run", run, "-o", run / "maps", "--force"),
+        ("map", images, "--run", run, "-o", run / "maps", "--overwrite"),
     ):
         assert os.strerror(errno.ENOSPC) in refused(*arguments)
         assert contents(run) == before
@@ -549,6 +559,8 @@ def test_help_fits_a_screen_and_shows_an_example(
 def test_all_commands_are_listed() -> None:
     text = done("--help")
     assert all(f" {command} " in text for command in COMMANDS)
+    assert "--debug" in text
+    assert "Example: fisherprint run experiments/bundled.toml -o runs/bundled" in text
     nothing = call()
     assert nothing.code == 2
     assert "Usage" in nothing.out + nothing.err
@@ -573,10 +585,12 @@ def test_a_wrong_call_is_explained(arguments: list[str], expected: str) -> None:
     assert "Traceback" not in result.err
 
 
-def test_debug_shows_where_an_error_comes_from(tmp_path: Path) -> None:
-    arguments = ["fisherprint", "--debug", "report", str(tmp_path)]
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path, place: int) -> None:
+    arguments = ["report", str(tmp_path)]
+    arguments.insert(place, "--debug")
     with (
-        mock.patch.object(sys, "argv", arguments),
+        mock.patch.object(sys, "argv", ["fisherprint", *arguments]),
         pytest.raises(ValueError, match="expected a run folder"),
     ):
         cli.main()
@@ -644,6 +658,30 @@ def test_a_wrong_experiment_is_explained(
     # One corrects the file and calls again: nothing stands in the way.
     experiment.write_text(TINY)
     done("simulate", experiment, "-o", tmp_path / "run")
+
+
+def test_an_output_that_cannot_be_a_folder_is_explained(tmp_path: Path) -> None:
+    experiment = write_experiment(tmp_path)
+    assert str(tmp_path / "tiny.toml") in refused("simulate", experiment, "-o", experiment)
+
+
+def test_an_interrupt_before_the_commands_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LeftError(Exception):
+        """In place of the end of this process."""
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> None:
+        assert code == 130
+        raise LeftError
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(os, "_exit", leave)
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(LeftError):
+        cli.main()
+    assert err.getvalue() == "interrupted; finished epochs and stages are kept\n"
 
 
 def test_a_missing_experiment_is_explained(tmp_path: Path) -> None:
@@ -825,7 +863,7 @@ def test_the_basis_may_come_as_a_file(finished: tuple[Path, Path], tmp_path: Pat
     arguments = ("map", tmp_path / "x.npy", "--run", finished[1], "-o", tmp_path / "maps")
     assert "only the rank was checked" in done(*arguments)
     for key in ("U", "UH"):
-        said = done(*arguments, "--basis", path, "--basis-key", key, "--force")
+        said = done(*arguments, "--basis", path, "--basis-key", key, "--overwrite")
         assert "was checked" not in said and "another basis" not in said
     shutil.rmtree(tmp_path / "maps")
     message = refused(*arguments, "--basis", path, "--basis-key", "other")

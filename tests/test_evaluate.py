@@ -49,7 +49,7 @@ def efficient() -> evaluate.Audit:
     )
 
 
-@pytest.mark.paper("Eq. 5")
+@pytest.mark.paper("Eq. 5", "§2.7")
 def test_an_efficient_estimator_has_no_bias_and_variance_1(efficient: evaluate.Audit) -> None:
     shares = efficient.mean_shares_by_parameter()
     # The mean of N unbiased estimates has bias² = v/N, itself of relative standard deviation √2;

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 
@@ -248,10 +250,10 @@ def test_nothing_to_be_told_raises_with_the_information():
     # s = M0 (θ1 a + θ2 b): each θ, and M0, can make up for the others.
     a, b = np.array([1, 2j, 0]), np.array([0, 1, 1.0])
     signal, jacobian = (a + 2 * b)[None], np.stack([a, b], axis=-1)[None]
-    with pytest.raises(SingularInformationError, match=r"columns \(0, 1\)") as caught:
+    with pytest.raises(SingularInformationError, match=r"bound of 0, 1 in every") as caught:
         fp.crb(signal, jacobian)
     assert isinstance(caught.value, ArithmeticError)
-    assert caught.value.columns == (0, 1)
+    assert caught.value.names == ("0", "1")
     np.testing.assert_array_equal(
         caught.value.information, fisher.information(signal, jacobian, noise_std=1.0)
     )
@@ -260,8 +262,20 @@ def test_nothing_to_be_told_raises_with_the_information():
 def test_one_parameter_without_effect_on_any_sample_raises():
     signal, jacobian = random_problem()
     jacobian[..., 2] = 0
-    with pytest.raises(SingularInformationError, match=r"columns \(2,\) in every sample\. Leave"):
+    with pytest.raises(SingularInformationError, match=r"bound of 2 in every sample\. Leave"):
         fp.crb(signal, jacobian)
+    names = ("m0s", "T1", "Rx", "B0")
+    with pytest.raises(SingularInformationError, match="bound of Rx in every sample") as caught:
+        fp.crb(signal, jacobian, names=names)
+    assert caught.value.names == ("Rx",)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.names) == (str(caught.value), ("Rx",))
+    np.testing.assert_array_equal(again.information, caught.value.information)
+
+
+def test_each_parameter_has_a_name():
+    with pytest.raises(ValueError, match=r"each of the 4 parameters .* got m0s, T1\. Give"):
+        fp.crb(*random_problem(), names=("m0s", "T1"))
 
 
 def test_no_samples_have_no_bounds():

@@ -22,6 +22,7 @@ def random_coefficients(*shape):
     return rng.normal(size=shape) + 1j * rng.normal(size=shape)
 
 
+@pytest.mark.paper("§3.4")
 @pytest.mark.parametrize("spatial", [(11,), (5, 7), (5, 7, 3)])
 def test_each_voxel_gets_its_own_estimate_however_the_volume_is_cut(spatial, monkeypatch):
     coefficients = random_coefficients(*spatial, 4)

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -186,3 +188,13 @@ def test_frozen():
 def test_label_has_the_displayed_unit():
     assert Parameter("T2f", "$T_2^f$", "s", (0, 1), "ms", 1e3).label == "$T_2^f$ (ms)"
     assert Parameter("m0s", "$m_0^s$", "", (0, 1)).label == "$m_0^s$"
+
+
+def test_a_prior_survives_the_way_to_another_process():
+    prior = paper_prior(("m0s", "T1", "T2f"), repetition_time=TR)
+    again = pickle.loads(pickle.dumps(prior))
+    assert again == prior
+    draws = [p.sample(5, rng=np.random.default_rng(0)) for p in (prior, again)]
+    np.testing.assert_array_equal(*draws)
+    with pytest.raises(TypeError):
+        again.distributions["m0s"] = None

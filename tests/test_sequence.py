@@ -209,6 +209,20 @@ def test_refused(changes, message):
         train(**changes)
 
 
+@pytest.mark.parametrize("name", ["a.toml", "a.h5"])
+def test_an_empty_inversion_in_a_file_is_refused(tmp_path, name):
+    train().write(tmp_path / name)
+    if name == "a.toml":
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace('"crushed"', '""'))
+    else:
+        with h5py.File(tmp_path / name, "r+") as file:
+            del file["inversion"]
+            file["inversion"] = ""
+    with pytest.raises(ValueError, match=r"one of \('crushed', 'spoiled'\); got ''\. Choose"):
+        fp.PulseTrain.read(tmp_path / name)
+
+
 @MATLAB
 def test_a_missing_repetition_time(tmp_path, write):
     write(tmp_path / "a.mat", ANGLE.T, DURATION.T)

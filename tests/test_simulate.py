@@ -201,7 +201,8 @@ def test_progress_ends_at_the_total_of_each_stage(monkeypatch):
     model, calls = Decay(), []
     small_batches(monkeypatch, model, length=32)
     dataset(model, DECAY_PRIOR, SIZES, basis=3, seed=0, progress=lambda *call: calls.append(call))
-    stages = {"signals for the basis": 150, **SIZES}
+    stages = {"signals for the basis": 150}
+    stages |= {f"fingerprints for {split}": size for split, size in SIZES.items()}
     assert list(dict.fromkeys(what for what, _, _ in calls)) == list(stages)
     for stage, size in stages.items():
         done = [done for what, done, total in calls if what == stage and total == size]
@@ -230,10 +231,39 @@ def test_an_infinite_bound_of_some_samples_is_kept():
 def test_a_parameter_without_effect_raises():
     model = Decay(("R", "idle"))
     prior = Prior({"R": Uniform(1, 20), "idle": Uniform(0, 1)})
-    with pytest.raises(fisher.SingularInformationError, match=r"columns \(1,\)") as caught:
+    with pytest.raises(fisher.SingularInformationError, match="bound of idle in every") as caught:
         dataset(model, prior, SIZES, basis=3, seed=0)
-    assert caught.value.columns == (1,)
+    assert caught.value.names == ("idle",)
     np.testing.assert_array_equal(caught.value.information[:, 1], 0)
+
+
+class PhaseAlone(Decay):
+    """The first parameter turns the signal as M0 does: no sample tells them apart."""
+
+    def simulate(self, theta):
+        out = super().simulate(theta)
+        out.jacobian[..., 0] = 1j * out.signal
+        return out
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_singular_sample_set_comes_with_its_own_information(rank):
+    # The bound of the signal fails first, whatever becomes of the coefficients.
+    prior = Prior({"R": Uniform(1, 20), "ω": Uniform(-50, 50)})
+    with pytest.raises(fisher.SingularInformationError) as caught:
+        dataset(PhaseAlone(("R", "ω")), prior, SIZES, basis=rank, seed=0)
+    assert caught.value.names == ("R",)
+    bounds = fisher.bounds(caught.value.information)
+    np.testing.assert_array_equal(np.isinf(bounds[:, :2]), [[True, False]] * len(bounds))
+
+
+def test_too_few_coefficients_lose_the_parameters_by_name():
+    # One complex coefficient holds two real numbers, as many as M0 has.
+    prior = Prior({"R": Uniform(1, 20), "ω": Uniform(-50, 50)})
+    with pytest.raises(fisher.SingularInformationError, match="keep more coefficients") as caught:
+        dataset(Decay(("R", "ω")), prior, SIZES, basis=1, seed=0)
+    assert caught.value.names == ("R", "ω")
+    assert np.isinf(fisher.bounds(caught.value.information)[:, :2]).all()
 
 
 @pytest.mark.parametrize(
@@ -247,6 +277,11 @@ def test_a_parameter_without_effect_raises():
 def test_each_split_needs_samples(sizes, message):
     with pytest.raises(ValueError, match=message):
         dataset(Decay(), DECAY_PRIOR, sizes, basis=3, seed=0)
+
+
+def test_unknown_splits_are_refused():
+    with pytest.raises(KeyError, match="unknown split 'train'; known are training, validation"):
+        dataset(Decay(), DECAY_PRIOR, SIZES | {"train": 10}, basis=3, seed=0)
 
 
 def test_the_prior_must_name_the_parameters_in_order(model, prior):

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -45,6 +47,67 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     with _storage.replacing(path) as temporary:
         temporary.write_bytes(b"")
     assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+def test_what_a_killed_write_left_is_removed_by_the_next_one(tmp_path):
+    path = tmp_path / "a[1].h5"
+    killed = (
+        "import os, pathlib, sys; from fisherprint import _storage\n"
+        "with _storage.replacing(pathlib.Path(sys.argv[1])): os.abort()"
+    )
+    assert subprocess.run([sys.executable, "-c", killed, path], check=False).returncode != 0
+    (left,) = tmp_path.iterdir()
+    # Of a write to another file whose name ends alike, which may be under way.
+    other = tmp_path / ".part-abcdefgh-my-a[1].h5"
+    other.touch()
+    with _storage.replacing(path) as temporary:
+        assert not left.exists()
+        temporary.write_bytes(b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([other, path])
+
+
+# Run with a limit on the size of files, which fails writes as a full disk does.
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from fisherprint import files, sequence
+from fisherprint.evaluate import Audit, Score
+from fisherprint.simulate import SPLITS, DataSet, Reduced
+from fisherprint.subspace import Basis
+
+train, many = sequence.bundled(), np.ones((2000, 1))
+reduced = Reduced(many, many + 0j, many, many)
+data = DataSet(("R",), Basis(np.eye(2, 1)), {split: reduced for split in SPLITS}, 1.0)
+audit = Audit(("R",), np.ones(1), many, many, many[None], many[None], 2)
+score = Score(("R",), 1.0, 1.0, np.ones(1), np.ones(1), 1, 0, 0)
+folder = Path(sys.argv[1])
+writes = {
+    "train.h5": train.write,
+    "data.h5": lambda path: files.write_dataset(path, data, train, seed=0, versions={}),
+    "audit.h5": lambda path: files.write_audit(path, audit, score),
+}
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+for name, write in writes.items():
+    (folder / name).write_bytes(b"old")
+    try:
+        write(folder / name)
+    except OSError as error:
+        print(name, error.errno)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of resources exist on Unix alone")
+def test_a_full_disk_is_an_error_and_leaves_the_old_hdf5_file(tmp_path):
+    # In a process of its own: HDF5 on a full disk used to end it with a segmentation fault.
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    names = ["train.h5", "data.h5", "audit.h5"]
+    assert run.stdout.split("\n")[:-1] == [f"{name} {errno.EFBIG}" for name in names]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"old"}
 
 
 def matlab73(path: Path, **arrays):

@@ -1,3 +1,6 @@
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import oracles
 import pytest
@@ -5,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fisherprint as fp
-from fisherprint.models import lineshape
+from fisherprint.models import lineshape, two_pool
 
 SEPARATE = ("m0s", "T1f", "T2f", "Rx", "T1s", "T2s", "B0", "B1")
 TIMES = [1, 2, 4]
@@ -299,3 +302,18 @@ def test_bad_shapes_and_names(short_train):
         fp.TwoPool(short_train, ("m0s", "T2"))
     with pytest.raises(ValueError, match="expected the parameters"):
         fp.TwoPool(short_train, ("m0s", "T1", "T1f", "T2f", "Rx", "T2s", "B0", "B1"))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such limit on this system")
+def test_threads_are_as_many_as_the_cores_of_this_process(short_train, white_matter, monkeypatch):
+    asked = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n_threads):
+            asked.append(n_threads)
+            super().__init__(n_threads)
+
+    monkeypatch.setattr(two_pool, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    fp.TwoPool(short_train).signal(np.atleast_2d(white_matter))
+    assert asked == [1]

@@ -47,7 +47,10 @@ def index(name: str, known: Sequence[str], *, what: str = "parameter") -> int:
 def positive(name: str, value: float) -> float:
     """Return `value` if it is finite and above zero; else ValueError."""
     if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive finite number; got {value}.")
+        raise ValueError(
+            f"{name} must be a positive finite number; got {value}. "
+            "Correct its sign or its source."
+        )
     return float(value)
 
 

@@ -6,11 +6,15 @@ The one place below `files` that touches the disk; pulse trains and the cached r
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import io
 import os
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -29,9 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name when the block ends well.
 
     An error inside the block (a full disk, an interrupt) leaves an old file as it was.
-    The temporary name ends like `path`, since some writers choose the format by it.
+    The temporary name ends like `path`, since some writers choose the format by it. What an
+    earlier write to `path` left because its process was killed is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # mkstemp draws eight characters; `*` would also find the parts of files named *-`path`.
+    for left in path.parent.glob(f".part-????????-{glob.escape(path.name)}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".part-", suffix="-" + path.name)
     os.close(handle)
     temporary = Path(name)
@@ -46,6 +55,35 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file to fill, which becomes `path`, whole or not at all, when the block ends well.
+
+    It is built in memory: where the disk is full, the HDF5 library brings down the process on
+    closing a file, while plain bytes raise an OSError.
+    """
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
+        yield file
+    with replacing(path) as temporary:
+        temporary.write_bytes(memory.getbuffer())
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        UnreadableFileError: no such file, or not TOML.
+    """
+    require_file(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(
+            f"expected TOML; {path} cannot be parsed: {error}. Mend that line."
+        ) from error
 
 
 def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, NDArray[np.generic]]:

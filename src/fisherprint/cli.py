@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,7 +26,6 @@ from rich.progress import (
 from rich.text import Text
 
 app = typer.Typer(
-    help="From a pulse train to parameter maps, in units of the Cramér-Rao bound.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -101,8 +100,11 @@ def _display() -> Iterator[_Display]:
 def _main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
-    """From a pulse train to parameter maps, in units of the Cramér-Rao bound."""
-    # `main` looks for --debug itself: errors can come before this callback.
+    """From a pulse train to parameter maps, in units of the Cramér-Rao bound.
+
+    Example: fisherprint run experiments/bundled.toml -o runs/bundled
+    """
+    # `main` takes --debug out of the arguments, wherever it stands; here it is only listed.
 
 
 @app.command()
@@ -166,13 +168,18 @@ def map_(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps.")],
     key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask; else automatic.")] = None,
-    mask_key: Annotated[str | None, typer.Option(help="Name of a mask in .mat and .h5.")] = None,
+    mask_key: Annotated[
+        str | None, typer.Option(help="Its name in MASK, else in COEFFICIENTS.")
+    ] = None,
     basis: Annotated[
-        Path | None, typer.Option(help="Basis of the images, to compare with the network's.")
+        Path | None, typer.Option(help="Basis of the images, to be compared.")
     ] = None,
     basis_key: Annotated[str | None, typer.Option(help="Its name in the file.")] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace maps; accept another basis.")
+        bool, typer.Option("--force", help="Map images of another basis all the same.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace maps that are there.")
     ] = False,
 ) -> None:
     """Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a run's network.
@@ -197,6 +204,7 @@ def map_(
             section,
             output,
             force=force,
+            overwrite=overwrite,
             say=display.say,
             progress=display.progress,
         )
@@ -247,21 +255,28 @@ def _run_all(experiment: Path | None, output: Path, data: Path | None, force: bo
 
 def main() -> None:
     """Run the command line: exit code 0, 2 (wrong call or bad input) or 130 (interrupted)."""
-    arguments = sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
     try:
         app(args=arguments, prog_name="fisherprint")
+    except KeyboardInterrupt:
+        _leave_interrupted()
     except SystemExit as leaving:
         # What typer makes of a KeyboardInterrupt.
         if leaving.code != 130:
             raise
-        print("interrupted; finished epochs and stages are kept", file=sys.stderr)
-        # Leave at once: threads of compiled code may still be busy.
-        sys.stderr.flush()
-        os._exit(130)
+        _leave_interrupted()
     except (ValueError, KeyError, OSError, ArithmeticError, ImportError) as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         # A KeyError shows its message as a literal.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_interrupted() -> NoReturn:
+    print("interrupted; finished epochs and stages are kept", file=sys.stderr)
+    # Leave at once: threads of compiled code may still be busy.
+    sys.stderr.flush()
+    os._exit(130)

@@ -96,6 +96,14 @@ class Audit:
         """Standard deviation over √CRB, shape (Q, S, E); 1 for an efficient unbiased estimator."""
         return np.sqrt(self.shares.variance)
 
+    def median_std_ratio(self) -> Floats:
+        """Median of `std_ratio` over all parameters and fingerprints, shape (Q,)."""
+        return _median(self.std_ratio.reshape(len(self.snr), -1))
+
+    def median_std_ratio_by_parameter(self) -> Floats:
+        """The same over fingerprints alone, shape (Q, E)."""
+        return _median(np.moveaxis(self.std_ratio, 1, -1))
+
     @property
     def n_unbounded(self) -> int:
         """Fingerprints for which a parameter's bound is infinite."""
@@ -215,7 +223,7 @@ def audit(
     if len(levels) == 0 or n_noise < 2:
         raise ValueError(
             "an audit needs at least one SNRmax and 2 noise realizations; got "
-            f"{len(levels)} and {n_noise}."
+            f"{len(levels)} and {n_noise}. Name levels or raise n_noise."
         )
     shape = (len(levels), *test.theta.shape)
     biases, variances = np.empty(shape), np.empty(shape)
@@ -259,7 +267,7 @@ def loss_over_scales(
     if not 0 < scale_range[0] <= scale_range[1] or n_noise < 1:
         raise ValueError(
             "expected 0 < low ≤ high for |M0| and at least 1 noise realization; got "
-            f"{scale_range} and {n_noise}."
+            f"{scale_range} and {n_noise}. Give the range as (low, high)."
         )
     std = _checks.positive("noise_std", noise_std)
     shape = (len(test.theta), n_noise)
@@ -314,6 +322,15 @@ def _mean(values: Floats, *, axis: tuple[int, ...]) -> Floats:
     valid = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
         return np.where(valid, values, 0).sum(axis) / valid.sum(axis)
+
+
+def _median(values: Floats) -> Floats:
+    """Median over the last axis of what is not NaN; NaN if nothing is left."""
+    # NumPy warns of a median of nothing.
+    left = ~np.isnan(values).all(axis=-1)
+    median = np.full(left.shape, np.nan)
+    median[left] = np.nanmedian(values[left], axis=-1)
+    return median
 
 
 def _standard_error(values: Floats) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,17 +22,23 @@ class SingularInformationError(ArithmeticError):
 
     Attributes:
         information: the singular Fisher information, shape (S, P + 2, P + 2).
-        columns: parameters whose bound is infinite in every sample.
+        names: parameters whose bound is infinite in every sample.
     """
 
-    def __init__(self, information: NDArray[np.float64], columns: tuple[int, ...]) -> None:
+    def __init__(self, information: NDArray[np.float64], names: tuple[str, ...]) -> None:
         self.information = information
-        self.columns = columns
+        self.names = names
         super().__init__(
-            "expected a signal that depends on each parameter in its own way; the Fisher "
-            f"information is singular, with an infinite bound of the parameter columns {columns} "
-            "in every sample. Leave these parameters out, or change the sequence."
+            "expected a signal that depends on each parameter in its own way; got a singular "
+            f"Fisher information, with an infinite bound of {_checks.listing(names)} in every "
+            "sample. Leave these parameters out, keep more coefficients, or change the sequence."
         )
+
+    # Exceptions are rebuilt from their message; worker processes need the rest.
+    def __reduce__(
+        self,
+    ) -> tuple[type[SingularInformationError], tuple[NDArray[np.float64], tuple[str, ...]]]:
+        return SingularInformationError, (self.information, self.names)
 
 
 def information(
@@ -86,11 +94,31 @@ def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(lost, np.inf, variance)
 
 
+def require_determined(
+    bounds: NDArray[np.float64], information: NDArray[np.float64], names: Sequence[str]
+) -> None:
+    """Require that at least one sample determines each parameter.
+
+    Args:
+        bounds: of the parameters, shape (S, P).
+        information: what the error shall carry, shape (S', P + 2, P + 2).
+        names: of the P parameters.
+
+    Raises:
+        SingularInformationError: a parameter whose bound is infinite in every sample.
+    """
+    lost = np.isinf(bounds).all(axis=0) if len(bounds) else np.zeros(len(names), dtype=bool)
+    if lost.any():
+        hopeless = tuple(names[int(column)] for column in np.flatnonzero(lost))
+        raise SingularInformationError(information, hopeless)
+
+
 def crb(
     signal: NDArray[np.complexfloating],
     jacobian: NDArray[np.complexfloating],
     *,
     noise_std: float = 1.0,
+    names: Sequence[str] | None = None,
 ) -> NDArray[np.float64]:
     """Cramér-Rao bound of every parameter, M0 = 1 and complex M0 unknown (§2.1).
 
@@ -101,13 +129,15 @@ def crb(
         signal: shape (S, T), for M0 = 1.
         jacobian: shape (S, T, P).
         noise_std: σ of the real and of the imaginary part each, in the units of the signal.
+        names: of the P parameters, for the error alone; their column numbers if None.
 
     Returns:
         Bounds of the variance, shape (S, P), in the parameters' units squared; infinite for a
         parameter that a sample cannot determine (such as Rx at m0s = 0).
 
     Raises:
-        ValueError: shapes that disagree, values that are not finite, or σ ≤ 0.
+        ValueError: shapes that disagree, another number of names than of parameters, values
+            that are not finite, or σ ≤ 0.
         SingularInformationError: a parameter that no sample at all determines.
     """
     signal, jacobian = np.asarray(signal), np.asarray(jacobian)
@@ -116,9 +146,14 @@ def crb(
     _checks.shape("jacobian", jacobian, [("S", len(signal)), ("T", signal.shape[1]), ("P", None)])
     _checks.finite("signal", signal)
     _checks.finite("jacobian", jacobian)
+    n_parameters = jacobian.shape[-1]
+    names = [str(column) for column in range(n_parameters)] if names is None else names
+    if len(names) != n_parameters:
+        raise ValueError(
+            f"expected a name for each of the {n_parameters} parameters of the jacobian; got "
+            f"{_checks.listing(names)}. Give the names of the model."
+        )
     matrices = information(signal, jacobian, noise_std=noise_std)
-    result = bounds(matrices)[:, : jacobian.shape[-1]]
-    hopeless = np.flatnonzero(np.isinf(result).all(axis=0)) if len(result) else ()
-    if len(hopeless):
-        raise SingularInformationError(matrices, tuple(int(column) for column in hopeless))
+    result = bounds(matrices)[:, :n_parameters]
+    require_determined(result, matrices, names)
     return result

@@ -51,7 +51,7 @@ def estimate_maps(
     mask: NDArray[np.bool_] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Maps:
-    """Estimate the parameters of each voxel of the mask.
+    """Estimate the parameters of each voxel of the mask (§3.4).
 
     A voxel fails, and is NaN in all maps, if one of its coefficients is NaN or Inf, if all are
     zero (no signal, hence no information), or if one of its estimates is NaN or Inf. It never
@@ -150,15 +150,17 @@ def automatic_mask(coefficients: NDArray[np.complexfloating]) -> NDArray[np.bool
 _M0S_BIN, _T1_BIN, _SMOOTHING = 0.005, 0.025, 3.0
 # A local maximum counts as a mode of tissue from this share of the highest one on.
 _MODE_SHARE = 0.2
+# White matter reaches this far from its mode, relative to it.
+_M0S_REACH, _T1_REACH = 0.2, 0.1
 
 
 def white_matter(m0s: NDArray[np.floating], T1: NDArray[np.floating]) -> NDArray[np.bool_]:
     """White matter by the joint mode of m0s and T1 alone, no hand-drawn mask.
 
     White matter has the largest macromolecular pool of the brain's large tissues. Of the modes of
-    the smoothed joint histogram of m0s and T1 (or T1f) that reach a fifth of the highest, it is
-    the one with the largest m0s; white matter are the voxels whose bin belongs to the connected
-    part around it that is at least half as high (docs/decisions/011-white-matter.md).
+    the smoothed joint histogram of m0s and T1 (or T1f) that reach a fifth of the highest, its mode
+    is the one with the largest m0s; white matter are the voxels within 20 % of it in m0s and
+    10 % in T1 (docs/decisions/011-white-matter.md).
 
     Args:
         m0s: map, any shape; NaN is left out.
@@ -171,26 +173,47 @@ def white_matter(m0s: NDArray[np.floating], T1: NDArray[np.floating]) -> NDArray
         ValueError: shapes that differ, or no voxel with m0s in [0, 0.5] and T1 in [0, 5] s.
     """
     _checks.shape("T1", T1, [(axis, n) for axis, n in zip("XYZ", m0s.shape, strict=False)])
-    # NaN falls outside of the histogram.
-    inside = (m0s >= 0) & (m0s <= 0.5) & (T1 >= 0) & (T1 <= 5)
-    if not inside.any():
+    limits = ((0.0, 0.5), (0.0, 5.0))
+    bins = (round(0.5 / _M0S_BIN), round(5.0 / _T1_BIN))
+    usable = np.isfinite(m0s) & np.isfinite(T1)
+    histogram, *edges = np.histogram2d(m0s[usable], T1[usable], bins=bins, range=limits)
+    if not histogram.any():
         raise ValueError(
             "white matter needs voxels with m0s in [0, 0.5] and T1 in [0, 5] s; got none. "
             "Check the order of the maps and their units."
         )
-    rows = np.minimum((m0s[inside] / _M0S_BIN).astype(int), round(0.5 / _M0S_BIN) - 1)
-    columns = np.minimum((T1[inside] / _T1_BIN).astype(int), round(5 / _T1_BIN) - 1)
-    histogram = np.zeros((round(0.5 / _M0S_BIN), round(5 / _T1_BIN)))
-    np.add.at(histogram, (rows, columns), 1)
     density = ndimage.gaussian_filter(histogram, _SMOOTHING, mode="constant")
     modes = (density == ndimage.maximum_filter(density, size=5)) & (
         density >= _MODE_SHARE * density.max()
     )
-    mode = np.argwhere(modes)[-1]  # rows are sorted by m0s
-    part, _ = ndimage.label(density >= 0.5 * density[tuple(mode)])
-    result = np.zeros(m0s.shape, dtype=np.bool_)
-    result[inside] = (part == part[tuple(mode)])[rows, columns]
-    return result
+    row, column = np.argwhere(modes)[-1]  # rows are sorted by m0s
+    mode_m0s, mode_T1 = edges[0][row] + _M0S_BIN / 2, edges[1][column] + _T1_BIN / 2
+    # NaN is far from everything.
+    return np.asarray(
+        (np.abs(m0s - mode_m0s) <= _M0S_REACH * mode_m0s)
+        & (np.abs(T1 - mode_T1) <= _T1_REACH * mode_T1)
+    )
+
+
+# Nearer to fluid (4 s at 3 T) than to grey matter (T1f of 2.5 s): partial volume stays out.
+_FLUID_T1 = 3.5
+
+
+def fluid(T1: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """Cerebrospinal fluid: T1 (or T1f) of at least 3.5 s, whatever m0s and T2f are there.
+
+    Args:
+        T1: map in s, any shape; NaN is left out.
+
+    Returns:
+        bool, the same shape.
+    """
+    return np.asarray(T1 >= _FLUID_T1)
+
+
+def longitudinal(names: Sequence[str]) -> str | None:
+    """Which of the names is the T1 of tissue water: `T1f`, else `T1`; None if it has neither."""
+    return next((name for name in ("T1f", "T1") if name in names), None)
 
 
 def _otsu_threshold(values: NDArray[np.float64]) -> float:

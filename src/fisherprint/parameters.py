@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -54,7 +55,7 @@ class TruncatedNormal:
         if not (np.isfinite(self.mean) and self.low < self.high):
             raise ValueError(
                 "a truncated normal needs a finite mean and low < high; got "
-                f"mean {self.mean}, low {self.low}, high {self.high}."
+                f"mean {self.mean}, low {self.low}, high {self.high}. Are the limits swapped?"
             )
         below, above = self._probabilities()
         if not below < above:
@@ -93,7 +94,8 @@ class Uniform:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low < self.high):
             raise ValueError(
-                f"a uniform distribution needs finite low < high; got {self.low} and {self.high}."
+                f"a uniform distribution needs finite low < high; got {self.low} and {self.high}. "
+                "Are the limits swapped?"
             )
 
     def sample(self, size: int, *, rng: Generator) -> NDArray[np.float64]:
@@ -121,6 +123,10 @@ class Prior:
         for pair in self.ordered:
             for name in pair:
                 _checks.index(name, self.names)
+
+    def __reduce__(self) -> tuple[type[Prior], tuple[dict[str, Distribution], Any]]:
+        # A read-only view cannot be pickled, and worker processes need the prior.
+        return Prior, (dict(self.distributions), self.ordered)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,7 +79,8 @@ class PulseTrain:
             )
         if self.inversion not in get_args(Inversion):
             raise ValueError(
-                f"the inversion must be one of {get_args(Inversion)}; got {self.inversion!r}."
+                f"the inversion must be one of {get_args(Inversion)}; got {self.inversion!r}. "
+                "Choose `crushed` if gradients flank the pulse, else `spoiled`."
             )
         angle.setflags(write=False)
         duration.setflags(write=False)
@@ -139,7 +139,8 @@ class PulseTrain:
         readers = {".mat": _read_mat, ".h5": _read_hdf5, ".hdf5": _read_hdf5, ".toml": _read_toml}
         if path.suffix.lower() not in readers:
             raise _storage.UnreadableFileError(
-                f"expected a pulse train as {_checks.listing(readers)}; got {path}."
+                f"expected a pulse train as {_checks.listing(readers)}; got {path}. "
+                "Rename the file if it has one of these formats, else convert it."
             )
         angle, duration, own_time, own_inversion = readers[path.suffix.lower()](path)
         time = _agreed("repetition time", own_time, repetition_time, path)
@@ -147,8 +148,8 @@ class PulseTrain:
             raise ValueError(
                 f"{path} holds no repetition time. Give one: repetition_time=3.5e-3 (in s)."
             )
-        kind: Inversion = _agreed("inversion", own_inversion, inversion, path) or "crushed"
-        return cls(angle, duration, time, kind)
+        kind = _agreed("inversion", own_inversion, inversion, path)
+        return cls(angle, duration, time, "crushed" if kind is None else kind)
 
     def write(self, path: str | Path) -> None:
         """Write the train as `.toml` or `.h5`; an existing file is replaced whole or not at all.
@@ -167,10 +168,12 @@ class PulseTrain:
             with _storage.replacing(path) as temporary:
                 temporary.write_bytes(tomli_w.dumps(content).encode())
         elif path.suffix in (".h5", ".hdf5"):
-            with _storage.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+            with _storage.new_hdf5(path) as file:
                 self.write_to(file)
         else:
-            raise ValueError(f"a pulse train is written as .toml or .h5; got {path}.")
+            raise ValueError(
+                f"a pulse train is written as .toml or .h5; got {path}. Change the suffix."
+            )
 
     def write_to(self, group: h5py.Group) -> None:
         """Store the train in an open HDF5 group."""
@@ -247,17 +250,12 @@ def _read_hdf5(path: Path) -> _Contents:
 
 
 def _read_toml(path: Path) -> _Contents:
-    _storage.require_file(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise _storage.UnreadableFileError(
-            f"expected a pulse train in TOML; {path} cannot be parsed: {error}."
-        ) from error
+    content = _storage.read_toml(path)
     for key in ("flip_angle", "pulse_duration", "repetition_time"):
         if key not in content:
             raise _storage.UnreadableFileError(
-                f"expected the key {key!r} in {path}; it has {_checks.listing(content)}."
+                f"expected the key {key!r} in {path}; it has {_checks.listing(content)}. "
+                "Add it, or name a file with a pulse train."
             )
     time = content["repetition_time"]
     if not isinstance(time, float | int):
@@ -284,13 +282,13 @@ def _as_trains(name: str, values: ArrayLike) -> NDArray[np.float64]:
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{name} must be real numbers of shape (trains, pulses), trains of equal length; "
-            f"got {error}."
+            f"got {error}. Give one row a train, as real numbers."
         ) from error
     _checks.finite(name, array)
     if array.ndim != 2 or array.shape[1] < 2:
         raise ValueError(
             f"{name} must have the axes (trains, pulses) with at least 2 pulses; "
-            f"got the shape {array.shape}."
+            f"got the shape {array.shape}. Give one row a train, its inversion first."
         )
     return array
 

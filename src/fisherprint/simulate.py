@@ -79,13 +79,22 @@ def dataset(
 
     Raises:
         ValueError: the prior's parameters are not the model's, or a size below 1.
+        KeyError: a size of an unknown split.
         SingularInformationError: a parameter that no sample determines.
     """
     if prior.names != model.names:
-        raise ValueError(f"expected a prior for {model.names}, in this order; got {prior.names}.")
+        raise ValueError(
+            f"expected a prior for {model.names}, in this order; got {prior.names}. "
+            "Give its distributions in the model's order."
+        )
+    for split in sizes:
+        _checks.index(split, SPLITS, what="split")
     for split in SPLITS:
         if sizes.get(split, 0) < 1:
-            raise ValueError(f"expected at least 1 {split} sample; got {sizes.get(split)}.")
+            raise ValueError(
+                f"expected at least 1 {split} sample; got {sizes.get(split)}. "
+                f"Give the sizes of {_checks.listing(SPLITS)}."
+            )
     streams = np.random.default_rng(seed).spawn(len(SPLITS))
     theta = {
         split: prior.sample(sizes[split], rng=rng)
@@ -98,7 +107,10 @@ def dataset(
             f"expected a basis of {model.n_samples} time points, as the train has; got "
             f"{len(basis.vectors)}. Do the basis and the train belong together?"
         )
-    reduced = {split: reduce(model, theta[split], basis, split, progress) for split in SPLITS}
+    reduced = {
+        split: reduce(model, theta[split], basis, f"fingerprints for {split}", progress)
+        for split in SPLITS
+    }
     # Both are energies of the same signals: in the subspace, and in all.
     training, held = reduced["training"]
     return DataSet(
@@ -116,7 +128,7 @@ def reduce(
     what: str,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[Reduced, float]:
-    """Coefficients and both bounds of parameter sets (S, P), and the energy of all signals."""
+    """Coefficients and both bounds of parameter sets (S, P), S ≥ 1, and the signals' energy."""
     size, n_parameters = theta.shape
     coefficients = np.empty((size, basis.rank), dtype=np.complex128)
     crb_signal, crb_coefficients = np.empty(theta.shape), np.empty(theta.shape)
@@ -126,17 +138,16 @@ def reduce(
         signal, jacobian = fingerprints.signal, fingerprints.jacobian
         coefficients[part] = basis.compress(signal)
         energy += float(np.linalg.norm(signal) ** 2)
-        for bound, s, ds in (
-            (crb_signal, signal, jacobian),
-            (crb_coefficients, coefficients[part], basis.compress(jacobian)),
-        ):
-            matrices = fisher.information(s, ds, noise_std=1.0)
-            bound[part] = fisher.bounds(matrices)[:, :n_parameters]
+        whole = fisher.information(signal, jacobian, noise_std=1.0)
+        compressed = fisher.information(
+            coefficients[part], basis.compress(jacobian), noise_std=1.0
+        )
+        crb_signal[part] = fisher.bounds(whole)[:, :n_parameters]
+        crb_coefficients[part] = fisher.bounds(compressed)[:, :n_parameters]
         progress(what, part.stop, size)
-    for bound in (crb_signal, crb_coefficients):
-        hopeless = np.flatnonzero(np.isinf(bound).all(axis=0))
-        if len(hopeless):
-            raise fisher.SingularInformationError(matrices, tuple(map(int, hopeless)))
+    # If all samples are singular, those of the last batch are.
+    fisher.require_determined(crb_signal, whole, model.names)
+    fisher.require_determined(crb_coefficients, compressed, model.names)
     return Reduced(theta, coefficients, crb_signal, crb_coefficients), energy
 
 

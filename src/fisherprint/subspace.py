@@ -104,15 +104,21 @@ def fit(
         _checks.shape("signal", batch, [("S", None), ("T", len(gram) or None)])
         # The squares of single-precision signals need double precision.
         batch = np.asarray(batch, dtype=np.complex128)
-        product = batch.T @ batch.conj()
-        gram = gram + product if size else product
+        product = batch.conj().T @ batch
+        if size:
+            gram += product
+        else:
+            gram = product
+        del product
         size += len(batch)
     if not 1 <= rank <= min(size, len(gram)):
         raise ValueError(
             f"the rank must lie between 1 and {min(size, len(gram))}, the smaller of the number "
-            f"of signals and of samples; got {rank}."
+            f"of signals and of samples; got {rank}. Choose another rank or give more signals."
         )
     top = [len(gram) - rank, len(gram) - 1]
-    vectors = scipy.linalg.eigh(gram, subset_by_index=top)[1][:, ::-1]
+    # `gram` is the transpose of Σ s sᴴ; its own transpose has the memory order of LAPACK, which
+    # can so work in place.
+    vectors = scipy.linalg.eigh(gram.T, subset_by_index=top, overwrite_a=True)[1][:, ::-1]
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(rank)]
     return Basis(vectors * (np.abs(largest) / largest))

@@ -202,8 +202,8 @@ class DivergedError(ArithmeticError):
 
     def __init__(self, epoch: int, loss: float, state: State) -> None:
         super().__init__(
-            f"expected a finite loss; got {loss} in epoch {epoch}. Lower the learning rate and "
-            f"go on from the state after epoch {state.epochs}, which this error carries."
+            f"expected a finite loss; got {loss} in epoch {epoch}, after {state.epochs} good "
+            "ones. Lower learning_rate and start again with --force."
         )
         self.state = state
 

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fisherprint import files
+from fisherprint.experiment import schema
 from fisherprint.experiment.schema import Experiment, ExperimentError, inputs, read
+from fisherprint.models.protocol import SignalModel
+from fisherprint.sequence import PulseTrain
+from fisherprint.simulate import DataSet
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,22 @@ def open_run(folder: Path) -> Run:
     return Run(folder, read(path))
 
 
+def read_data(run: Run) -> tuple[DataSet, PulseTrain, SignalModel]:
+    """The data set of a run, the train it was simulated with, and the model of that train.
+
+    Raises:
+        ExperimentError: there is none yet.
+        UnreadableFileError: it is damaged.
+    """
+    if not run.dataset.exists():
+        raise ExperimentError(
+            f"expected a data set in {run.folder}; there is none yet. Simulate first: "
+            f"fisherprint simulate {run.folder / 'experiment.toml'} -o {run.folder}"
+        )
+    data, pulses = files.read_dataset(run.dataset)
+    return data, pulses, schema.model(run.experiment, pulses)
+
+
 def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
     """Make a run folder, or take one of the same experiment or without results.
 
@@ -62,8 +82,7 @@ def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
         # What cannot be made anew is not removed.
         inputs(experiment)
         forget_training(run)
-        for product in (run.dataset, run.audit, run.maps / "summary.json", run.report):
-            product.unlink(missing_ok=True)
+        run.dataset.unlink(missing_ok=True)
     elif any(path.exists() for path in (run.dataset, run.checkpoint, run.network / "card.json")):
         if _asked_for(open_run(folder).experiment) != _asked_for(experiment):
             raise files.OutputExistsError(
@@ -80,6 +99,11 @@ def _asked_for(experiment: Experiment) -> dict[str, Any]:
     return experiment.model_dump(exclude={"data"})
 
 
+def region_file(region: str) -> str:
+    """Name of the mask of a region beside the maps."""
+    return f"{region.lower().replace(' ', '_')}.nii.gz"
+
+
 def require_absent(product: Path) -> None:
     """Refuse to replace the product of a finished stage.
 
@@ -93,8 +117,15 @@ def require_absent(product: Path) -> None:
 
 
 def forget_training(run: Run) -> None:
-    """Remove the network, its checkpoint and its log."""
+    """Remove the network, its checkpoint, its log and its results."""
     for product in (run.checkpoint, run.log, run.network / "card.json"):
+        product.unlink(missing_ok=True)
+    forget_results(run)
+
+
+def forget_results(run: Run) -> None:
+    """Remove what earlier weights gave: the audit, what marks maps as finished, the report."""
+    for product in (run.audit, run.maps / "summary.json", run.report):
         product.unlink(missing_ok=True)
 
 

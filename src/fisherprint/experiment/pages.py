@@ -8,28 +8,36 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fisherprint import evaluate as evaluation
-from fisherprint import files, report, simulate
-from fisherprint.experiment.folder import Run, versions
-from fisherprint.models.two_pool import PARAMETERS
+from fisherprint import files, maps, report, simulate
+from fisherprint.experiment.folder import Run, read_data, region_file, versions
+from fisherprint.experiment.schema import shareable
 from fisherprint.parameters import Parameter
+from fisherprint.reconstruct import phantom
 from fisherprint.sequence import PulseTrain
 
 # Limits of colours for brains, SI units.
 _BRAIN_RANGES = {"m0s": (0.0, 0.3), "T1": (0.6, 2.4), "T1f": (1.0, 3.5), "T2f": (0.04, 0.14)}
 
-_EXPECTED_WHITE_MATTER = {"m0s": 0.212, "T1f": 1.84, "T1s": 0.34, "T2f": 76.9e-3, "Rx": 13.6}
+# How each region of the maps is found; T1 is the name of the map that tells.
+_RULES = {
+    "white matter": "White matter is found from the joint mode of m0s and {T1} alone.",
+    "CSF": "CSF is where {T1} is at least 3 s, whatever the other maps say.",
+}
 
 
 def report_run(run: Run) -> Path:
     """Stage 5: the page, of as many stages as there are.
 
     Raises:
-        UnreadableFileError: there is no data set yet.
+        ExperimentError: there is no data set yet.
+        UnreadableFileError: a product of a stage is damaged.
     """
     experiment, estimated = run.experiment, run.experiment.training.estimated
-    data, pulses = files.read_dataset(run.dataset)
-    described = [PARAMETERS[name] for name in estimated]
-    everything = [PARAMETERS[name] for name in data.names]
+    data, pulses, model = read_data(run)
+    described, everything = (
+        [model.parameters[model.index(name)] for name in names]
+        for names in (estimated, data.names)
+    )
     sections = []
     facts = [
         f"{pulses.n_samples} pulses in {len(pulses.flip_angle)} train(s), "
@@ -105,18 +113,20 @@ def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
     if run.experiment.brain is None:
         figure, tables = _picture(run, estimate, described), []
         caption = "Each voxel estimated by itself."
-        if "white matter" in files.read_json(run.maps / "summary.json")["regions"]:
-            caption += (
-                " White matter is found from the joint mode of m0s and T1 alone; beside its "
-                "medians and quartiles stand values of the literature at 3 T."
+        there = files.read_json(run.maps / "summary.json")["regions"]
+        found = [region for region in _RULES if region in there]
+        if found:
+            T1 = maps.longitudinal(estimate.maps.names)
+            rules = (_RULES[region].format(T1=T1) for region in found)
+            caption = " ".join(
+                (caption, *rules, "Beside medians and quartiles: values of the literature at 3 T.")
             )
-            white = files.read_mask(run.maps / "white_matter.nii.gz", estimate.mask.shape)
-            table = report.roi_table(
-                estimate.maps,
-                {"white matter": white},
-                described,
-                expected={"white matter": _EXPECTED_WHITE_MATTER},
-            )
+            regions = {
+                region: files.read_mask(run.maps / region_file(region), estimate.mask.shape)
+                for region in found
+            }
+            literature = {region: _literature(region, described) for region in found}
+            table = report.roi_table(estimate.maps, regions, described, expected=literature)
             tables.append(table)
         return [report.Section("Parameter maps", caption, [figure, *tables])]
     truth = files.read_maps(run.brain / "truth", [parameter.name for parameter in described])
@@ -131,14 +141,21 @@ def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
         for name, inside in regions.items()
     }
     caption = (
-        f"A brain of known parameters, noise at SNR {run.experiment.brain.snr:g}: estimate, truth "
-        "and difference. Below, medians and quartiles in voxels of one tissue, beside the truth."
+        f"A brain of known parameters, noise at SNR {run.experiment.brain.snr:g} where |M0| = 1: "
+        "estimate, truth and difference. Below, medians and quartiles in voxels of one tissue, "
+        "beside the truth."
     )
     figure = report.map_panel(
         estimate.maps, described, truth=truth.maps, ranges=_BRAIN_RANGES, affine=estimate.affine
     )
     table = report.roi_table(estimate.maps, regions, described, expected=expected)
     return [report.Section("Digital brain", caption, [figure, table])]
+
+
+def _literature(region: str, described: list[Parameter]) -> dict[str, float]:
+    tissue = phantom.TISSUES[region]
+    names = [p.name for p in described if p.name in phantom.TISSUE_PARAMETERS]
+    return {name: getattr(tissue, name) for name in names}
 
 
 def _picture(run: Run, estimate: files.PlacedMaps, described: list[Parameter]) -> Figure:
@@ -154,7 +171,7 @@ def _picture(run: Run, estimate: files.PlacedMaps, described: list[Parameter]) -
 def _provenance(run: Run, data: simulate.DataSet, pulses: PulseTrain) -> dict[str, object]:
     sizes = {split: len(samples.theta) for split, samples in data.samples.items()}
     return {
-        "experiment": files.to_toml(run.experiment.model_dump(mode="json", exclude_none=True)),
+        "experiment": files.to_toml(shareable(run.experiment)),
         "fingerprints": ", ".join(f"{split} {size}" for split, size in sizes.items()),
         "train SHA-256": pulses.digest,
         "basis SHA-256": data.basis.digest,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -16,6 +17,7 @@ from pydantic import (
 
 from fisherprint import files, sequence, train
 from fisherprint.models import TwoPool
+from fisherprint.models.protocol import SignalModel
 from fisherprint.parameters import Prior, TruncatedNormal, Uniform, paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
 from fisherprint.subspace import Basis
@@ -94,8 +96,12 @@ class MapSection(_Section):
 
     coefficients: Path = Field(description=".nii(.gz), .cfl, .npy, .mat or .h5")
     key: str | None = Field(None, description="of the images in .mat and .h5")
-    mask: Path | None = Field(None, description="NIfTI or .npy; else key, else automatic")
-    mask_key: str | None = Field(None, description="of the mask in .mat and .h5")
+    mask: Path | None = Field(
+        None, description="in any format of the coefficients; else mask_key, else automatic"
+    )
+    mask_key: str | None = Field(
+        None, description="of the mask in a .mat or .h5: that of the mask, else the coefficients'"
+    )
     basis: Path | None = Field(None, description="of the images, to compare with the network's")
     basis_key: str | None = Field(None, description="its key")
     quarter_turns: int = Field(
@@ -190,7 +196,7 @@ def read(path: Path | None, *, data: Path | None = None) -> Experiment:
     except ValidationError as error:
         raise ExperimentError(f"{path}: {_explained(error)}") from error
     folder = (where / experiment.data if data is None else data).resolve()
-    return _resolved(experiment, folder)
+    return _moved(experiment.model_copy(update={"data": folder}), lambda path: folder / path)
 
 
 def _explained(error: ValidationError) -> str:
@@ -207,27 +213,62 @@ def _explained(error: ValidationError) -> str:
     return "expected another content; correct these fields:\n  " + "\n  ".join(lines)
 
 
-def _resolved(experiment: Experiment, folder: Path) -> Experiment:
-    """The experiment with absolute paths."""
-
-    def moved(section: BaseModel, *fields: str) -> BaseModel:
-        paths = {name: getattr(section, name) for name in fields}
-        return section.model_copy(
-            update={name: folder / path for name, path in paths.items() if path is not None}
-        )
-
-    update: dict[str, Any] = {
-        "data": folder,
-        "sequence": moved(experiment.sequence, "path"),
-        "simulation": moved(experiment.simulation, "basis"),
-    }
-    if experiment.map is not None:
-        update["map"] = moved(experiment.map, "coefficients", "mask", "basis")
-    return experiment.model_copy(update=update)
+# Where an experiment names files.
+_MAP_PATHS = ("coefficients", "mask", "basis")
+_PATHS = {"sequence": ("path",), "simulation": ("basis",), "map": _MAP_PATHS}
 
 
-def inputs(experiment: Experiment) -> tuple[TwoPool, Prior, Basis | int]:
-    """The model, the prior (the paper's, with replacements), and a basis or its rank.
+def _moved(experiment: Experiment, move: Callable[[Path], Path]) -> Experiment:
+    """The experiment with each path but `data` replaced."""
+    sections: dict[str, BaseModel] = {}
+    for name, fields in _PATHS.items():
+        section = getattr(experiment, name)
+        if section is not None:
+            paths = {field: getattr(section, field) for field in fields}
+            sections[name] = section.model_copy(
+                update={field: move(path) for field, path in paths.items() if path is not None}
+            )
+    return experiment.model_copy(update=sections)
+
+
+def shareable(experiment: Experiment) -> dict[str, Any]:
+    """The experiment as TOML can hold it, without the names of folders of this machine.
+
+    Paths are relative to `data`, which is left out; of a file elsewhere there is the name alone.
+    """
+    data = experiment.data
+
+    def relative(path: Path) -> Path:
+        return path.relative_to(data) if path.is_relative_to(data) else Path(path.name)
+
+    return _moved(experiment, relative).model_dump(
+        mode="json", exclude_none=True, exclude={"data"}
+    )
+
+
+class Inputs(NamedTuple):
+    """What an experiment simulates with.
+
+    Attributes:
+        train: the pulse train.
+        model: the signal model of it.
+        prior: the paper's, with the experiment's replacements.
+        basis: the given basis, or the rank of the one to be made.
+    """
+
+    train: PulseTrain
+    model: SignalModel
+    prior: Prior
+    basis: Basis | int
+
+
+def model(experiment: Experiment, train: PulseTrain) -> SignalModel:
+    """The signal model of an experiment: nothing else in the stages knows which one it is."""
+    return TwoPool(train, experiment.model.parameters)
+
+
+def inputs(experiment: Experiment) -> Inputs:
+    """Train, model, prior, and a basis or its rank; of the images to map, that they are there.
 
     Raises:
         UnreadableFileError: a file that the experiment names is missing, damaged or foreign.
@@ -239,11 +280,18 @@ def inputs(experiment: Experiment) -> tuple[TwoPool, Prior, Basis | int]:
         train = PulseTrain.read(
             section.path, repetition_time=section.repetition_time, inversion=section.inversion
         )
-    model = TwoPool(train, experiment.model.parameters)
-    default = paper_prior(model.names, repetition_time=train.repetition_time)
+    if experiment.map is not None:
+        # They are read last, hours later.
+        for path in (getattr(experiment.map, field) for field in _MAP_PATHS):
+            if path is not None:
+                files.require_file(path)
+    signal_model = model(experiment, train)
+    default = paper_prior(signal_model.names, repetition_time=train.repetition_time)
     prior = Prior({**default.distributions, **experiment.prior}, default.ordered)
     simulation = experiment.simulation
-    if simulation.basis is None or simulation.basis_key is None:
-        return model, prior, simulation.rank or DEFAULT_RANK
-    basis = files.read_basis(simulation.basis, key=simulation.basis_key, n_samples=model.n_samples)
-    return model, prior, basis
+    basis: Basis | int = simulation.rank or DEFAULT_RANK
+    if simulation.basis is not None and simulation.basis_key is not None:
+        basis = files.read_basis(
+            simulation.basis, key=simulation.basis_key, n_samples=train.n_samples
+        )
+    return Inputs(train, signal_model, prior, basis)

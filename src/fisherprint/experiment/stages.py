@@ -11,11 +11,18 @@ from numpy.typing import NDArray
 
 from fisherprint import evaluate as evaluation
 from fisherprint import files, maps, simulate, train
-from fisherprint.experiment.folder import Run, forget_training, require_absent, versions
+from fisherprint.experiment.folder import (
+    Run,
+    forget_results,
+    forget_training,
+    read_data,
+    region_file,
+    require_absent,
+    versions,
+)
 from fisherprint.experiment.pages import report_run
 from fisherprint.experiment.schema import ExperimentError, MapSection, inputs
-from fisherprint.models import TwoPool
-from fisherprint.models.two_pool import PARAMETERS
+from fisherprint.models.protocol import SignalModel
 from fisherprint.network import Network, as_estimator
 from fisherprint.reconstruct import phantom
 from fisherprint.sequence import PulseTrain
@@ -27,9 +34,12 @@ Say = Callable[[str], None]
 
 COMPILING = " (after installation the model is compiled first, about half a minute)"
 CARD_KEYS = ("parameters", "estimated", "rank", "basis_sha256", "dataset_sha256")
+REGIONS = ("white matter", "CSF")
 QUARTILES = ("lower_quartile", "median", "upper_quartile")
 # Voxels of the digital brain that count as one tissue: at least this share of it.
 _PURE = 0.95
+# Fewer voxels than this are no region: quartiles of five numbers each.
+_MIN_REGION = 20
 # Voxels simulated at once.
 _BRAIN_BATCH = 4096
 
@@ -40,7 +50,7 @@ class BasisMismatchError(ValueError):
 
 def simulate_run(run: Run, *, progress: Progress) -> None:
     """Stage 1: write the data set."""
-    model, prior, basis = inputs(run.experiment)
+    train, model, prior, basis = inputs(run.experiment)
     section = run.experiment.simulation
     data = simulate.dataset(
         model,
@@ -50,7 +60,7 @@ def simulate_run(run: Run, *, progress: Progress) -> None:
         seed=section.seed,
         progress=progress,
     )
-    files.write_dataset(run.dataset, data, model.train, seed=section.seed, versions=versions())
+    files.write_dataset(run.dataset, data, train, seed=section.seed, versions=versions())
 
 
 def labelled(data: simulate.DataSet, split: str, names: tuple[str, ...]) -> train.Samples:
@@ -69,16 +79,25 @@ def train_run(
     Args:
         run: where the data set is.
         resume: go on after the last finished epoch, if there is one.
-        force: forget earlier epochs, once the data set is known to be readable.
+        force: forget earlier epochs and all that came of them, once the data set is known to be
+            readable.
         say: told each epoch's losses.
         progress: told how many epochs are done.
 
     Raises:
         OutputExistsError: there are epochs of an earlier training and `resume` is not given, or
             its network without the checkpoint to go on from.
+        ExperimentError: there is no data set, or the earlier epochs are of another one.
+        ValueError: both `resume` and `force`.
     """
+    if resume and force:
+        raise ValueError(
+            "expected --resume, which keeps the earlier epochs, or --force, which forgets them; "
+            "got both. Drop one."
+        )
     config = run.experiment.training
-    data, pulses = files.read_dataset(run.dataset)
+    data, pulses, model = read_data(run)
+    digest = files.file_digest(run.dataset)
     if force:
         forget_training(run)
     state = None
@@ -88,7 +107,7 @@ def train_run(
                 f"{run.network} already holds trained epochs. Go on with --resume, or start again "
                 "with --force."
             )
-        state = _read_state(run.checkpoint, config)
+        state = _read_state(run, digest)
         say(f"resuming after epoch {state.epochs} of {config.epochs}")
     else:
         require_absent(run.network / "card.json")
@@ -104,7 +123,11 @@ def train_run(
     for epoch, state in epochs:
         tensors = {f"weights/{key}": value for key, value in state.weights.items()}
         tensors |= {f"moments/{key}": value for key, value in state.moments.items()}
-        content = {"epochs": state.epochs, "config": config.model_dump(mode="json")}
+        content = {
+            "epochs": state.epochs,
+            "config": config.model_dump(mode="json"),
+            "dataset_sha256": digest,
+        }
         files.append_jsonl(run.log, vars(epoch))
         files.write_checkpoint(run.checkpoint, tensors, content)
         progress("epochs", epoch.number, config.epochs)
@@ -115,15 +138,15 @@ def train_run(
     if state is not None:
         if state.epochs > done:
             # Results of other weights, if there are any.
-            for product in (run.audit, run.maps / "summary.json"):
-                product.unlink(missing_ok=True)
-        files.save_network(run.network, state.weights, _card(run, data, pulses))
+            forget_results(run)
+        card = _card(run, data, pulses, model)
+        files.save_network(run.network, state.weights, card | {"dataset_sha256": digest})
 
 
 def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
     """Stage 3: bias and variance on the test set against the bound of the coefficients."""
     section, config = run.experiment.evaluation, run.experiment.training
-    data, _ = files.read_dataset(run.dataset)
+    data, _, _ = read_data(run)
     network, card = load_network(run)
     if card["dataset_sha256"] != files.file_digest(run.dataset):
         raise ExperimentError(
@@ -157,7 +180,7 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
 
 
 def summary(audit: evaluation.Audit, score: evaluation.Score) -> list[str]:
-    """The audit in lines of text: the loss over the training range, then both shares by SNR."""
+    """The audit as text: the loss over the training range, then a row for SNR and parameter."""
     lines = [
         f"loss over the training range of M0: {score.loss:.3f} ± {score.standard_error:.3f} ("
         + ", ".join(
@@ -165,11 +188,21 @@ def summary(audit: evaluation.Audit, score: evaluation.Score) -> list[str]:
             for name, loss in zip(score.names, score.loss_by_parameter, strict=True)
         )
         + ")",
-        "  SNR   bias²/CRB   variance/CRB   loss",
+        "    SNR  parameter     bias²/CRB  variance/CRB  median std/√CRB",
     ]
-    shares = audit.mean_shares()
-    for snr, bias, variance in zip(audit.snr, shares.bias, shares.variance, strict=True):
-        lines.append(f"{snr:5g}   {bias:9.3f}   {variance:12.3f}   {bias + variance:.3f}")
+    mean, by_parameter = audit.mean_shares(), audit.mean_shares_by_parameter()
+    columns = [
+        np.column_stack(parts)
+        for parts in (
+            (mean.bias, by_parameter.bias),
+            (mean.variance, by_parameter.variance),
+            (audit.median_std_ratio(), audit.median_std_ratio_by_parameter()),
+        )
+    ]
+    for q, snr in enumerate(audit.snr):
+        for e, name in enumerate(("all", *audit.names)):
+            bias, variance, std = (column[q, e] for column in columns)
+            lines.append(f"{snr:7g}  {name:9}  {bias:12.3f}  {variance:12.3f}  {std:15.3f}")
     return lines
 
 
@@ -183,7 +216,7 @@ def load_network(run: Run) -> tuple[Network, dict[str, Any]]:
     if not (run.network / "card.json").exists():
         raise ExperimentError(
             f"expected a trained network in {run.network}; there is none yet. "
-            f"Train it: fisherprint train {run.folder}"
+            f"Train it: fisherprint train {run.folder}{' --resume' * run.checkpoint.exists()}"
         )
     weights, card = files.load_network_files(run.network, required=CARD_KEYS)
     return Network.from_weights(weights).eval(), card
@@ -195,33 +228,40 @@ def map_run(
     out: Path,
     *,
     force: bool = False,
+    overwrite: bool = False,
     say: Say,
     progress: Progress,
 ) -> None:
     """Stage 4: coefficient images to parameter maps.
 
     Args:
-        run: where the network is.
+        run: where the data set and the network are.
         section: the images, a mask if there is one, their basis if its file is known.
-        out: folder for one NIfTI and one JSON a parameter; `white_matter.nii.gz` and
-            `summary.json` with medians and quartiles.
-        force: map images of another basis all the same, and replace maps that are there.
+        out: folder for one NIfTI and one JSON a parameter; `white_matter.nii.gz` and `csf.nii.gz`
+            where they can be found, and `summary.json` with medians and quartiles.
+        force: map images of another basis all the same.
+        overwrite: replace maps that are there.
         say: told what is assumed and found.
         progress: told how many voxels are done.
 
     Raises:
         BasisMismatchError: the images were made with another basis, or have another rank.
         OutputExistsError: `out` already holds maps.
+        ExperimentError: there is no data set or no network yet.
     """
-    if (out / "summary.json").exists() and not force:
+    if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
-            f"{out} already holds maps. Choose another folder, or replace them with --force."
+            f"{out} already holds maps. Choose another folder, or replace them with --overwrite."
         )
+    _, pulses, model = read_data(run)
     network, card = load_network(run)
     volume = files.read_coefficients(
-        section.coefficients, key=section.key, mask_key=section.mask_key, rank=card["rank"]
+        section.coefficients,
+        key=section.key,
+        mask_key=section.mask_key if section.mask is None else None,
+        rank=card["rank"],
     )
-    known = _basis_of(section, run)
+    known = _basis_of(section, pulses)
     if known is None:
         say("the images do not say which basis they were made with; only the rank was checked")
     elif known != card["basis_sha256"]:
@@ -234,7 +274,7 @@ def map_run(
         say("the images were made with another basis; mapped all the same")
     mask = volume.mask
     if section.mask is not None:
-        mask = files.read_mask(section.mask, volume.data.shape[:3])
+        mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
     estimated = tuple(card["estimated"])
     result = maps.estimate_maps(
         volume.data,
@@ -243,7 +283,7 @@ def map_run(
         mask=mask,
         on_progress=lambda done, total: progress("voxels", done, total),
     )
-    described = [PARAMETERS[name] for name in estimated]
+    described = [model.parameters[model.index(name)] for name in estimated]
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "network_sha256": card["weights_sha256"],
@@ -253,18 +293,13 @@ def map_run(
         "loss": card["config"]["loss"],
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
-    white_matter = out / "white_matter.nii.gz"
-    white_matter.unlink(missing_ok=True)  # of earlier maps
-    regions = {"all": result.mask}
-    longitudinal = next((name for name in ("T1f", "T1") if name in estimated), None)
-    if "m0s" in estimated and longitudinal is not None:
-        try:
-            white = maps.white_matter(result["m0s"], result[longitudinal])
-        except ValueError as error:
-            say(f"no white matter found: {error}")
-        else:
-            regions["white matter"] = white
-            files.write_mask(white_matter, white, volume=volume)
+    regions = _regions(result, say)
+    for name in REGIONS:
+        path = out / region_file(name)
+        path.unlink(missing_ok=True)  # of earlier maps
+        if name in regions:
+            files.write_mask(path, regions[name], volume=volume)
+    regions = {"all": result.mask} | regions
     statistics = {name: _statistics(result, inside) for name, inside in regions.items()}
     files.write_json(
         out / "summary.json",
@@ -272,8 +307,8 @@ def map_run(
     )
     say(f"{int(result.mask.sum())} voxels mapped, {result.n_failed} failed")
     for region, numbers in statistics.items():
-        for name in estimated:
-            parameter, value = PARAMETERS[name], numbers[name]
+        for parameter in described:
+            name, value = parameter.name, numbers[parameter.name]
             if value["median"] is None:
                 say(f"{region}: {name} failed everywhere")
                 continue
@@ -281,13 +316,29 @@ def map_run(
             say(f"{region}: {name} {median:.4g} [{low:.4g}, {high:.4g}] {parameter.display_unit}")
 
 
+def _regions(result: maps.Maps, say: Say) -> dict[str, NDArray[np.bool_]]:
+    """Regions that the maps themselves tell apart, as far as their parameters allow it."""
+    regions: dict[str, NDArray[np.bool_]] = {}
+    longitudinal = maps.longitudinal(result.names)
+    if longitudinal is None:
+        return regions
+    if "m0s" in result.names:
+        try:
+            regions["white matter"] = maps.white_matter(result["m0s"], result[longitudinal])
+        except ValueError as error:
+            say(f"no white matter found: {error}")
+    fluid = maps.fluid(result[longitudinal])
+    if fluid.sum() >= _MIN_REGION:
+        regions["CSF"] = fluid
+    return regions
+
+
 def make_brain(run: Run, *, progress: Progress) -> MapSection:
     """The digital brain's noisy coefficient images and its true maps, in `RUN/brain`."""
     section = run.experiment.brain
     if section is None:
         raise ExperimentError("expected a [brain] section in the experiment; it has none.")
-    data, pulses = files.read_dataset(run.dataset)
-    model = TwoPool(pulses, run.experiment.model.parameters)
+    data, _, model = read_data(run)
     brain = phantom.digital_brain(
         files.read_tissue_maps(), model.names, voxel_size=section.voxel_size
     )
@@ -349,8 +400,15 @@ def run_all(run: Run, *, say: Say, progress: Progress) -> Path:
     return report_run(run)
 
 
-def _read_state(path: Path, config: train.TrainingConfig) -> train.State:
-    tensors, content = files.read_checkpoint(path)
+def _read_state(run: Run, dataset_sha256: str) -> train.State:
+    """The state after the last finished epoch, of a training on this data set."""
+    tensors, content = files.read_checkpoint(run.checkpoint)
+    # Checkpoints of early versions do not tell.
+    if content.get("dataset_sha256", dataset_sha256) != dataset_sha256:
+        raise ExperimentError(
+            f"expected the data set that {run.checkpoint} was trained with; {run.dataset} is "
+            f"another. Train again: fisherprint train {run.folder} --force"
+        )
     before = train.TrainingConfig.model_validate(content["config"])
 
     def under(prefix: str) -> dict[str, Any]:
@@ -359,7 +417,9 @@ def _read_state(path: Path, config: train.TrainingConfig) -> train.State:
     return train.State(content["epochs"], before, under("weights/"), under("moments/"))
 
 
-def _card(run: Run, data: simulate.DataSet, pulses: PulseTrain) -> dict[str, Any]:
+def _card(
+    run: Run, data: simulate.DataSet, pulses: PulseTrain, model: SignalModel
+) -> dict[str, Any]:
     """What the network is: enough to use it without any other file."""
     config = run.experiment.training
     theta = data.samples["training"].theta
@@ -367,7 +427,7 @@ def _card(run: Run, data: simulate.DataSet, pulses: PulseTrain) -> dict[str, Any
     sigma = config.noise_std
     return {
         "parameters": list(data.names),
-        "units": {name: PARAMETERS[name].unit for name in data.names},
+        "units": {parameter.name: parameter.unit for parameter in model.parameters},
         "estimated": list(config.estimated),
         "rank": data.basis.rank,
         "ranges": {
@@ -384,16 +444,14 @@ def _card(run: Run, data: simulate.DataSet, pulses: PulseTrain) -> dict[str, Any
         "config": config.model_dump(mode="json"),
         "basis_sha256": data.basis.digest,
         "train_sha256": pulses.digest,
-        "dataset_sha256": files.file_digest(run.dataset),
         "versions": versions(),
     }
 
 
-def _basis_of(section: MapSection, run: Run) -> str | None:
+def _basis_of(section: MapSection, pulses: PulseTrain) -> str | None:
     """Identity of the basis that images were made with, as far as anything tells."""
     if section.basis is None or section.basis_key is None:
         return files.recorded_basis(section.coefficients)
-    _, pulses = files.read_dataset(run.dataset)
     return files.read_basis(
         section.basis, key=section.basis_key, n_samples=pulses.n_samples
     ).digest

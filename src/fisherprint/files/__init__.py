@@ -4,7 +4,7 @@ The only stage module that opens files. What it writes is there whole or not at 
 read is an `UnreadableFileError` that says what was expected.
 """
 
-from fisherprint._storage import UnreadableFileError
+from fisherprint._storage import UnreadableFileError, require_file
 from fisherprint.files.records import (
     OutputExistsError,
     append_jsonl,
@@ -60,6 +60,7 @@ __all__ = [
     "read_tissue_maps",
     "read_toml",
     "recorded_basis",
+    "require_file",
     "save_network",
     "to_toml",
     "write_audit",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +38,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises:
         UnreadableFileError: no such file, or not TOML.
     """
-    path = Path(path)
-    _storage.require_file(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(
-            f"expected TOML; {path} cannot be parsed: {error}. Mend that line."
-        ) from error
+    return _storage.read_toml(Path(path))
 
 
 def write_toml(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -133,7 +125,7 @@ def write_dataset(
     Groups `training`, `validation` and `test` hold `theta` (S, P), `coefficients` (S, K) and the
     bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K).
     """
-    with _storage.replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+    with _storage.new_hdf5(Path(path)) as file:
         file.attrs.update(
             format=_FORMAT,
             names=list(data.names),
@@ -171,7 +163,7 @@ def read_dataset(path: str | Path) -> tuple[DataSet, PulseTrain]:
 
 def write_audit(path: str | Path, audit: Audit, score: Score) -> None:
     """Write bias and variance of each fingerprint, and the loss over M0, as HDF5."""
-    with _storage.replacing(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+    with _storage.new_hdf5(Path(path)) as file:
         file.attrs.update(format=_FORMAT, names=list(audit.names), n_noise=audit.n_noise)
         for name in _AUDIT_ARRAYS:
             file[f"audit/{name}"] = getattr(audit, name)
@@ -310,7 +302,8 @@ def _parsed_object(text: str, path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise UnreadableFileError(
-            f"expected a JSON object in {path}; got a {type(content).__name__}."
+            f"expected a JSON object in {path}; got a {type(content).__name__}. "
+            "Is it a file of another kind?"
         )
     return content
 

@@ -305,7 +305,8 @@ def _read_image(path: Path, key: str | None) -> _Image:
         if key is None:
             raise UnreadableFileError(
                 f"{path} needs the key of an array; it has "
-                f"{_checks.listing(_storage.array_names(path))}. Name one: --key."
+                f"{_checks.listing(_storage.array_names(path))}. "
+                "Name one: --key, of a mask --mask-key."
             )
         return _Image(_storage.read_arrays(path, [key])[key])
     raise UnreadableFileError(
@@ -462,6 +463,7 @@ def _sidecar(
         "Range": [float(finite.min()), float(finite.max())] if finite.size else None,
         "NumberOfVoxels": int(maps.mask.sum()),
         "NumberFailed": maps.n_failed,
-        "Source": None if volume.source is None else str(volume.source),
+        # The name alone: maps are shared, and folders name people and places.
+        "Source": None if volume.source is None else volume.source.name,
         "Provenance": dict(provenance),
     }

@@ -16,7 +16,6 @@ import functools
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -247,28 +246,19 @@ def _gauss_legendre(n: int) -> tuple[Array, Array]:
     return np.asarray((nodes + 1) / 2), np.asarray(weights / 2)
 
 
-@dataclass(frozen=True, eq=False)
-class RateTable:
-    """f(x, a) = R2sl T2s as a quintic B-spline on uniform cells in log x and in a.
-
-    Attributes:
-        coefficients: shape (cells in log x + 5, cells in a + 5), read-only; cell (i, j) uses the
-            6 x 6 of them from (i, j) on.
-        x_range: smallest and largest TRF/T2s.
-        max_angle: largest a = B1·α in rad; the smallest is 0.
-    """
-
-    coefficients: Array
-    x_range: tuple[float, float]
-    max_angle: float
-
-
 @functools.cache
-def rate_table() -> RateTable:
+def rate_table() -> Array:
     """The table of f for all pulses, from memory, from the disk, or built (below a second).
+
+    f(x, a) = R2sl T2s is a quintic B-spline on uniform cells in log x over `X_RANGE`, and in a
+    from 0 to `MAX_ANGLE`.
 
     It lies in the folder FISHERPRINT_CACHE or else in the user's cache folder, under a name that
     depends on the grid. A damaged file is replaced; an unwritable folder costs the time alone.
+
+    Returns:
+        Coefficients of the spline, shape (cells in log x + 5, cells in a + 5), read-only; cell
+        (i, j) uses the 6 x 6 of them from (i, j) on.
     """
     path = _cache_path(np.array([*X_RANGE, MAX_ANGLE, *_CELLS, _DEGREE, _REVISION]))
     coefficients = None if path is None else _load(path)
@@ -278,7 +268,7 @@ def rate_table() -> RateTable:
             with contextlib.suppress(OSError), _storage.replacing(path) as temporary:
                 np.savez(temporary, coefficients=coefficients)
     coefficients.setflags(write=False)
-    return RateTable(coefficients, X_RANGE, MAX_ANGLE)
+    return coefficients
 
 
 def _build() -> Array:
@@ -336,7 +326,7 @@ def _load(path: Path) -> Array | None:
 
 @numba.njit(cache=True)
 def rate(coefficients: Array, x: float, angle: float) -> tuple[float, float, float]:
-    """f(x, a) = R2sl T2s of a `RateTable`, with ∂f/∂x and ∂f/∂a; compiled.
+    """f(x, a) = R2sl T2s of a `rate_table`, with ∂f/∂x and ∂f/∂a; compiled.
 
     Trusts its arguments: kernels call `check_range` before their loops.
 
@@ -432,9 +422,7 @@ def linearized_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike)
     x, a_abs = duration / t2, np.abs(a)
     if x.size:
         check_range(x.min(), x.max(), a_abs.max())
-    f, df_dx, df_da = _rates(rate_table().coefficients, x.ravel(), a_abs.ravel()).reshape(
-        3, *x.shape
-    )
+    f, df_dx, df_da = _rates(rate_table(), x.ravel(), a_abs.ravel()).reshape(3, *x.shape)
     return LinearizedRate(f / t2, -(f + x * df_dx) / t2**2, np.sign(a) * df_da / t2)
 
 

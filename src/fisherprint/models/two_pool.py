@@ -71,7 +71,7 @@ class TwoPool:
         if sorted(parameters) not in (sorted(APPARENT), sorted(_SEPARATE)):
             raise ValueError(
                 f"expected the parameters {APPARENT} or {_SEPARATE}, in any order; "
-                f"got {tuple(parameters)}."
+                f"got {tuple(parameters)}. Give all of one set, each once."
             )
         self.train = train
         self.parameters = tuple(PARAMETERS[name] for name in parameters)
@@ -161,11 +161,11 @@ class TwoPool:
     ) -> NDArray[np.complex128]:
         """Signal and derivatives along the directions of `seed`, shape (S, 1 + D, T).
 
-        Groups of lanes are spread over all cores.
+        Groups of lanes are spread over the cores.
         """
         tissue = self._physical(theta)
         table = kernels.entries(seed)
-        coefficients = lineshape.rate_table().coefficients
+        coefficients = lineshape.rate_table()
         n_trains, n_pulses = self.train.flip_angle.shape
         result = np.empty((len(theta), 1 + len(seed), self.n_samples), dtype=np.complex128)
 
@@ -186,7 +186,14 @@ class TwoPool:
                     result[first : first + kernels.LANES, :, columns],
                 )
 
-        # The kernel releases the interpreter's lock, so threads use all cores.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # The kernel releases the interpreter's lock, so threads run at once.
+        with ThreadPoolExecutor(_usable_cores()) as pool:
             list(pool.map(group, range(0, len(theta), kernels.LANES)))
         return result
+
+
+def _usable_cores() -> int | None:
+    """Cores that this process may use: not all of the machine's in a job or a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()

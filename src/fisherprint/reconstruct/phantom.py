@@ -180,7 +180,10 @@ def digital_brain(
     low, high = np.array(box, dtype=np.float64).T
     counts = np.floor((high - low) / voxel_size + 1e-9).astype(int) + 1
     if (counts < 1).any():
-        raise ValueError(f"the box needs low ≤ high along each axis; got {box} mm.")
+        raise ValueError(
+            f"the box needs low ≤ high along each axis; got {box} mm. "
+            "Give a pair (first, last) for each of x, y and z."
+        )
     affine = np.diag([voxel_size, voxel_size, voxel_size, 1.0])
     affine[:3, 3] = low
 

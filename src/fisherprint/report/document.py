@@ -41,12 +41,18 @@ class Section:
 def shares_table(audit: Audit, parameters: Sequence[Parameter]) -> str:
     """Mean shares of the loss by SNRmax and parameter, as HTML: both terms and their sum.
 
+    Beside them the median over the fingerprints of the standard deviation over √CRB.
+
     Raises:
         KeyError: a parameter that the audit lacks.
     """
     columns = [_checks.index(parameter.name, audit.names) for parameter in parameters]
     mean, by_parameter = audit.mean_shares(), audit.mean_shares_by_parameter()
-    parts = [*zip(mean, by_parameter, strict=True), (mean.loss, by_parameter.loss)]
+    parts = [
+        *zip(mean, by_parameter, strict=True),
+        (mean.loss, by_parameter.loss),
+        (audit.median_std_ratio(), audit.median_std_ratio_by_parameter()),
+    ]
     rows = []
     for q in np.argsort(audit.snr):
         groups = [(part[q], *part_by[q, columns]) for part, part_by in parts]
@@ -54,12 +60,13 @@ def shares_table(audit: Audit, parameters: Sequence[Parameter]) -> str:
         rows.append([f"{audit.snr[q]:g}", *cells])
     titles = ["all parameters", *map(_html_symbol, parameters)]
     table = _table(
-        ["bias", "variance", "loss"] * len(titles),
+        ["bias", "variance", "loss", "std/√CRB"] * len(titles),
         rows,
         corner="SNR<sub>max</sub>",
-        groups=[(title, 3) for title in titles],
+        groups=[(title, 4) for title in titles],
     )
     return table + _note(
+        "Means of bias²/CRB, variance/CRB and their sum, the loss; medians of std/√CRB. "
         f"{len(audit.truth)} fingerprints, {audit.n_noise} noise realizations each; "
         f"left out are {audit.n_unbounded} for which a parameter's bound is infinite and, at most "
         f"at one SNR, {int(audit.n_failed.max())} with failed estimates (that parameter alone)."

@@ -37,7 +37,7 @@ def map_panel(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     affine: Floats | None = None,
 ) -> Figure:
-    """Axial slices of parameter maps, one row a parameter; beside the truth where known.
+    """Axial slices of parameter maps, a row each; beside the truth where known (Fig. 10).
 
     The first axis of the array points to the right, the second up. With an affine the array is
     first brought to right-anterior-superior, so that anterior is up, and the sides are lettered.
