@@ -196,7 +196,7 @@ def white_matter(m0s: NDArray[np.floating], T1: NDArray[np.floating]) -> NDArray
 
 
 # Nearer to fluid (4 s at 3 T) than to grey matter (T1f of 2.5 s): partial volume stays out.
-_FLUID_T1 = 3.5
+FLUID_T1 = 3.5
 
 
 def fluid(T1: NDArray[np.floating]) -> NDArray[np.bool_]:
@@ -208,7 +208,7 @@ def fluid(T1: NDArray[np.floating]) -> NDArray[np.bool_]:
     Returns:
         bool, the same shape.
     """
-    return np.asarray(T1 >= _FLUID_T1)
+    return np.asarray(T1 >= FLUID_T1)
 
 
 def longitudinal(names: Sequence[str]) -> str | None:

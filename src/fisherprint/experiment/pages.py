@@ -21,7 +21,7 @@ _BRAIN_RANGES = {"m0s": (0.0, 0.3), "T1": (0.6, 2.4), "T1f": (1.0, 3.5), "T2f": 
 # How each region of the maps is found; T1 is the name of the map that tells.
 _RULES = {
     "white matter": "White matter is found from the joint mode of m0s and {T1} alone.",
-    "CSF": "CSF is where {T1} is at least 3 s, whatever the other maps say.",
+    "CSF": f"CSF is where {{T1}} is at least {maps.FLUID_T1:g} s, whatever the other maps say.",
 }
 
 

@@ -170,9 +170,9 @@ def _rows(
 ) -> tuple[Figure, NDArray[np.object_]]:
     """A figure and its axes (parameters, panels), each `ratio` as high as wide.
 
-    Parameters with a single panel stand side by side, three in a row at most.
+    Parameters with a single panel stand side by side, three in a row at most, four as 2 x 2.
     """
-    across = min(3, n_parameters) if n_panels == 1 else 1
+    across = 1 if n_panels > 1 else 2 if n_parameters == 4 else min(3, n_parameters)
     n_rows, n_columns = -(-n_parameters // across), across * n_panels
     beside = 1.1 * across * n_bars
     width = min(3.2, (PAGE_WIDTH - beside) / n_columns)
