@@ -166,8 +166,9 @@ def test_derivatives_by_central_differences(short_train, inversion, names):
 
 def test_signal_alone_is_the_same(short_train, white_matter):
     model = fp.TwoPool(short_train)
-    np.testing.assert_array_equal(
-        model.signal([white_matter]), model.simulate([white_matter]).signal
+    # To rounding: the compiler may fuse other operations.
+    np.testing.assert_allclose(
+        model.signal([white_matter]), model.simulate([white_matter]).signal, atol=1e-14
     )
 
 
@@ -237,8 +238,13 @@ def test_trains_stand_one_after_the_other(short_train, white_matter):
     alone = fp.PulseTrain(other, short_train.pulse_duration, 3.5e-3)
     expected = [fp.TwoPool(train).simulate([white_matter]) for train in (short_train, alone)]
     got = fp.TwoPool(both).simulate([white_matter])
-    np.testing.assert_array_equal(got.signal, np.hstack([e.signal for e in expected]))
-    np.testing.assert_array_equal(got.jacobian, np.hstack([e.jacobian for e in expected]))
+    # The same computation, to rounding.
+    signal, jacobian = (
+        np.hstack([getattr(e, part) for e in expected]) for part in ("signal", "jacobian")
+    )
+    np.testing.assert_allclose(got.signal, signal, atol=1e-14)
+    scale = np.abs(jacobian).max(axis=(0, 1))
+    assert (np.abs(got.jacobian - jacobian) < 1e-12 * scale).all()
 
 
 def test_apparent_t1_is_both_pools_at_once(short_train):

@@ -80,6 +80,8 @@ def train_signal(
     crushed: bool,
     coefficients: Array,
     out: NDArray[np.complex128],
+    first: int,
+    column: int,
 ) -> None:
     """Periodic signal of one train for LANES voxels, and its derivatives.
 
@@ -95,7 +97,10 @@ def train_signal(
         repetition_time: TR in s.
         crushed: crushed inversion; else spoiled.
         coefficients: table of the linearized rate.
-        out: receives xf + i·yf at the echo of each pulse, shape (voxels ≤ LANES, D + 1, N).
+        out: receives xf + i·yf at the echo of each pulse, shape (S, D + 1, T); contiguous, so
+            that there is one compiled kernel and one rounding.
+        first: row of `out` for the first of the voxels; those past the last row are left out.
+        column: column of `out` for the first pulse.
     """
     n_pulses = flip_angle.size
     n = seed.shape[0] + 1
@@ -136,7 +141,7 @@ def train_signal(
         precess(transverse, longitudinal, state)
         samples[pulse] = state[:, :2]
 
-    combine(samples, periodic(state), out)
+    combine(samples, periodic(state), out, first, column)
 
 
 @numba.njit(cache=True, fastmath=_FAST)
@@ -482,7 +487,9 @@ def periodic(state: Array) -> Array:
 
 
 @numba.njit(cache=True, fastmath=_FAST)
-def combine(samples: Array, start: Array, out: NDArray[np.complex128]) -> None:
+def combine(
+    samples: Array, start: Array, out: NDArray[np.complex128], first: int, column: int
+) -> None:
     """Samples of the basis vectors at the periodic state: s = Φ m + b, ds = dΦ m + Φ dm + db."""
     n_pulses, n = samples.shape[0], samples.shape[1]
     echo = np.empty((2, LANES))
@@ -499,5 +506,5 @@ def combine(samples: Array, start: Array, out: NDArray[np.complex128]) -> None:
                             echo[part, lane] += (
                                 samples[pulse, 0, part, j, lane] * start[d, j, lane]
                             )
-            for lane in range(out.shape[0]):
-                out[lane, d, pulse] = complex(echo[0, lane], echo[1, lane])
+            for lane in range(min(LANES, out.shape[0] - first)):
+                out[first + lane, d, column + pulse] = complex(echo[0, lane], echo[1, lane])

@@ -173,7 +173,6 @@ class TwoPool:
             # A last group that is not full repeats its last member.
             members = np.minimum(np.arange(first, first + kernels.LANES), len(theta) - 1)
             for train in range(n_trains):
-                columns = slice(train * n_pulses, (train + 1) * n_pulses)
                 kernels.train_signal(
                     np.ascontiguousarray(tissue[:, members]),
                     seed,
@@ -183,7 +182,9 @@ class TwoPool:
                     self.train.repetition_time,
                     self.train.inversion == "crushed",
                     coefficients,
-                    result[first : first + kernels.LANES, :, columns],
+                    result,
+                    first,
+                    train * n_pulses,
                 )
 
         # The kernel releases the interpreter's lock, so threads run at once.
