@@ -63,15 +63,38 @@ def test_a_single_train_may_be_a_row_or_a_column(tmp_path, write, shape):
 @pytest.mark.parametrize("name", ["train.toml", "train.h5", "train.hdf5"])
 @pytest.mark.parametrize("inversion", ["crushed", "spoiled"])
 def test_round_trip_keeps_every_bit(tmp_path, name, inversion):
-    written = train(inversion=inversion)
+    written = train(inversion=inversion, phase_increment=2.0)
     written.write(tmp_path / name)
     read = fp.PulseTrain.read(tmp_path / name)
     np.testing.assert_array_equal(read.flip_angle, written.flip_angle)
     np.testing.assert_array_equal(read.pulse_duration, written.pulse_duration)
-    assert (read.repetition_time, read.inversion) == (TR, inversion)
+    assert (read.repetition_time, read.inversion, read.phase_increment) == (TR, inversion, 2.0)
     assert read.digest == written.digest
     # Arguments that agree are no conflict.
-    fp.PulseTrain.read(tmp_path / name, repetition_time=TR, inversion=inversion)
+    fp.PulseTrain.read(
+        tmp_path / name, repetition_time=TR, inversion=inversion, phase_increment=2.0
+    )
+
+
+@pytest.mark.parametrize("name", ["train.toml", "train.h5"])
+def test_files_of_early_versions_have_no_phase_increment(tmp_path, name):
+    path = tmp_path / name
+    train().write(path)
+    if name == "train.toml":
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join(line for line in lines if "phase_increment" not in line))
+    else:
+        with h5py.File(path, "r+") as file:
+            del file["phase_increment"]
+            assert fp.PulseTrain.read_from(file).phase_increment == np.pi
+    assert fp.PulseTrain.read(path).digest == train().digest
+    assert fp.PulseTrain.read(path, phase_increment=0.0).phase_increment == 0.0
+
+
+def test_data_sets_of_early_versions_know_their_train():
+    # The digest that version 0.1 gave the bundled train.
+    expected = "96116f3e927c307e011cd1fb95506c1720bc44d1e4700ffc8d524a09594a6408"
+    assert bundled().digest == expected
 
 
 def test_a_group_of_an_open_file(tmp_path):
@@ -90,9 +113,10 @@ def test_the_digest_changes_with_each_field():
         train(pulse_duration=slower).digest,
         train(repetition_time=np.nextafter(TR, 1)).digest,
         train(inversion="spoiled").digest,
+        train(phase_increment=np.nextafter(np.pi, 0)).digest,
         train(flip_angle=ANGLE[:1], pulse_duration=DURATION[:1]).digest,
     }
-    assert len(digests) == 6
+    assert len(digests) == 7
 
 
 @pytest.mark.paper("§2.8")
@@ -199,6 +223,8 @@ def changed(array, value, *, at=(1, 2)):
         ({"flip_angle": np.roll(ANGLE, 1, axis=1)}, r"must be the inversion.*Roll the train"),
         ({"flip_angle": changed(ANGLE, np.pi + 0.3, at=(1, 0))}, "must be the inversion"),
         ({"inversion": "adiabatic"}, r"one of \('crushed', 'spoiled'\); got 'adiabatic'"),
+        ({"phase_increment": 180.0}, r"within ±2π rad; got 180.0\. Is it in degrees?"),
+        ({"phase_increment": np.nan}, "the phase increment must lie within ±2π rad; got nan"),
         ({"repetition_time": 3.5}, r"below 0.5 s; got 3.5\. Is it in ms?"),
         ({"repetition_time": 0}, "the repetition time must be a positive finite number; got 0"),
         ({"repetition_time": np.nan}, "the repetition time must be a positive finite number"),
@@ -236,6 +262,7 @@ def test_a_missing_repetition_time(tmp_path, write):
     [
         ({"repetition_time": 4e-3}, "says repetition time 0.0035, the call says 0.004"),
         ({"inversion": "spoiled"}, "says inversion crushed, the call says spoiled"),
+        ({"phase_increment": 0.0}, "says phase increment 3.14159.*, the call says 0.0"),
     ],
 )
 def test_arguments_that_disagree_with_the_file(tmp_path, name, arguments, message):
@@ -299,7 +326,7 @@ def test_toml_with_contents_that_are_no_train(tmp_path):
     content = path.read_text()
     assert tomllib.loads(content)["repetition_time"] == TR
     path.write_text(content.replace("repetition_time = 0.0035", 'repetition_time = "3.5 ms"'))
-    with pytest.raises(ValueError, match=r"as a number in .*; got '3.5 ms'\. Write it without"):
+    with pytest.raises(ValueError, match=r"as a number, .*; got '3.5 ms'\. Write it without"):
         fp.PulseTrain.read(path)
     path.write_text(content.replace('"crushed"', '"hard"'))
     with pytest.raises(ValueError, match=r"one of .*; got 'hard'"):

@@ -23,9 +23,9 @@ _T = TypeVar("_T")
 class PulseTrain:
     """One or several trains of radio-frequency pulses, each repeated for ever (§2.8).
 
-    The first pulse of each train is the inversion. The phase of all others alternates by π.
-    Several trains are several cycles: each is periodic by itself, and their signals stand one
-    after the other.
+    The first pulse of each train is the inversion. From pulse to pulse the phase grows by a fixed
+    increment, and the receiver follows. Several trains are several cycles: each is periodic by
+    itself, and their signals stand one after the other.
 
     Attributes:
         flip_angle: α in rad, shape (trains, pulses); one train may be given as (pulses,).
@@ -33,6 +33,7 @@ class PulseTrain:
         repetition_time: TR in s.
         inversion: `crushed` (gradients refocus the inverted path) or `spoiled` (all transverse
             magnetization is lost before and after it).
+        phase_increment: of the RF pulses in rad, within ±2π; π alternates their phase.
 
     Raises:
         ValueError: values that are not finite, not of one shape, not in SI units, or a pulse
@@ -43,6 +44,7 @@ class PulseTrain:
     pulse_duration: NDArray[np.float64]
     repetition_time: float
     inversion: Inversion = "crushed"
+    phase_increment: float = np.pi
 
     def __post_init__(self) -> None:
         angle = _as_trains("flip angles", self.flip_angle)
@@ -82,6 +84,12 @@ class PulseTrain:
                 f"the inversion must be one of {get_args(Inversion)}; got {self.inversion!r}. "
                 "Choose `crushed` if gradients flank the pulse, else `spoiled`."
             )
+        if not abs(self.phase_increment) <= 2 * np.pi:  # NaN included
+            raise ValueError(
+                f"the phase increment must lie within ±2π rad; got {self.phase_increment}. "
+                "Is it in degrees?"
+            )
+        object.__setattr__(self, "phase_increment", float(self.phase_increment))
         angle.setflags(write=False)
         duration.setflags(write=False)
         object.__setattr__(self, "flip_angle", angle)
@@ -105,10 +113,12 @@ class PulseTrain:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 that identifies the train: angles, durations, repetition time, inversion."""
+        """SHA-256 that identifies the train: all its attributes."""
         kind = np.frombuffer(self.inversion.encode(), dtype=np.uint8)
+        # Left out where it is π: trains had that increment alone before there was a choice.
+        increment = [] if self.phase_increment == np.pi else [np.array(self.phase_increment)]
         return _storage.digest(
-            self.flip_angle, self.pulse_duration, np.array(self.repetition_time), kind
+            self.flip_angle, self.pulse_duration, np.array(self.repetition_time), kind, *increment
         )
 
     @classmethod
@@ -118,18 +128,20 @@ class PulseTrain:
         *,
         repetition_time: float | None = None,
         inversion: Inversion | None = None,
+        phase_increment: float | None = None,
     ) -> PulseTrain:
         """Read a train from `.mat` (v5, v7.3), `.h5` or `.toml`.
 
         A `.mat` file has the keys `alpha` (rad) and `TRF` (s), one train a column; our own
-        formats have `flip_angle`, `pulse_duration` (trains, pulses), `repetition_time` and
-        `inversion`.
+        formats have `flip_angle`, `pulse_duration` (trains, pulses), `repetition_time`,
+        `inversion` and `phase_increment`.
 
         Args:
             path: the file; its suffix says the format.
             repetition_time: TR in s; required for `.mat`, which holds none. Where the file has
                 one, it must agree.
             inversion: likewise; `crushed` where neither says.
+            phase_increment: likewise, in rad; π where neither says.
 
         Raises:
             UnreadableFileError: no such file, damaged, foreign, or without a key.
@@ -142,14 +154,22 @@ class PulseTrain:
                 f"expected a pulse train as {_checks.listing(readers)}; got {path}. "
                 "Rename the file if it has one of these formats, else convert it."
             )
-        angle, duration, own_time, own_inversion = readers[path.suffix.lower()](path)
+        contents = readers[path.suffix.lower()](path)
+        angle, duration, own_time, own_inversion, own_increment = contents
         time = _agreed("repetition time", own_time, repetition_time, path)
         if time is None:
             raise ValueError(
                 f"{path} holds no repetition time. Give one: repetition_time=3.5e-3 (in s)."
             )
         kind = _agreed("inversion", own_inversion, inversion, path)
-        return cls(angle, duration, time, "crushed" if kind is None else kind)
+        increment = _agreed("phase increment", own_increment, phase_increment, path)
+        return cls(
+            angle,
+            duration,
+            time,
+            "crushed" if kind is None else kind,
+            np.pi if increment is None else increment,
+        )
 
     def write(self, path: str | Path) -> None:
         """Write the train as `.toml` or `.h5`; an existing file is replaced whole or not at all.
@@ -162,6 +182,7 @@ class PulseTrain:
             content = {
                 "repetition_time": self.repetition_time,
                 "inversion": self.inversion,
+                "phase_increment": self.phase_increment,
                 "flip_angle": self.flip_angle.tolist(),
                 "pulse_duration": self.pulse_duration.tolist(),
             }
@@ -181,6 +202,7 @@ class PulseTrain:
         group["pulse_duration"] = self.pulse_duration
         group["repetition_time"] = self.repetition_time
         group["inversion"] = self.inversion
+        group["phase_increment"] = self.phase_increment
 
     @classmethod
     def read_from(cls, group: h5py.Group) -> PulseTrain:
@@ -190,6 +212,8 @@ class PulseTrain:
             group["pulse_duration"][()],
             float(group["repetition_time"][()]),
             group["inversion"].asstr()[()],
+            # Files of early versions have none.
+            float(group["phase_increment"][()]) if "phase_increment" in group else np.pi,
         )
 
 
@@ -222,13 +246,14 @@ def _half_cosines(knots: Sequence[float], size: int) -> NDArray[np.float64]:
     return values[before] * (1 - weight) + values[before + 1] * weight
 
 
-# Angles and durations as the file has them, repetition time and inversion if it has them.
-_Contents = tuple[Any, Any, float | None, Any]
+# Angles and durations as the file has them; repetition time, inversion and phase increment if it
+# has them.
+_Contents = tuple[Any, Any, float | None, Any, float | None]
 
 
 def _read_mat(path: Path) -> _Contents:
     arrays = _storage.read_arrays(path, ["alpha", "TRF"])
-    return _columns_to_trains(arrays["alpha"]), _columns_to_trains(arrays["TRF"]), None, None
+    return _columns_to_trains(arrays["alpha"]), _columns_to_trains(arrays["TRF"]), None, None, None
 
 
 def _columns_to_trains(array: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -237,15 +262,16 @@ def _columns_to_trains(array: NDArray[np.generic]) -> NDArray[np.generic]:
 
 
 def _read_hdf5(path: Path) -> _Contents:
-    arrays = _storage.read_arrays(
-        path, ["flip_angle", "pulse_duration", "repetition_time", "inversion"]
-    )
+    keys = ["flip_angle", "pulse_duration", "repetition_time", "inversion"]
+    there = "phase_increment" in _storage.array_names(path)
+    arrays = _storage.read_arrays(path, [*keys, "phase_increment"] if there else keys)
     kind = arrays["inversion"].item()
     return (
         arrays["flip_angle"],
         arrays["pulse_duration"],
         float(arrays["repetition_time"]),
         kind.decode() if isinstance(kind, bytes) else str(kind),
+        float(arrays["phase_increment"]) if there else None,
     )
 
 
@@ -257,13 +283,19 @@ def _read_toml(path: Path) -> _Contents:
                 f"expected the key {key!r} in {path}; it has {_checks.listing(content)}. "
                 "Add it, or name a file with a pulse train."
             )
-    time = content["repetition_time"]
-    if not isinstance(time, float | int):
-        raise ValueError(
-            f"expected the repetition time in s as a number in {path}; got {time!r}. "
-            "Write it without quotes."
-        )
-    return content["flip_angle"], content["pulse_duration"], time, content.get("inversion")
+    for key in ("repetition_time", "phase_increment"):
+        if not isinstance(content.get(key, 0.0), float | int):
+            raise ValueError(
+                f"expected {key} as a number, in s or rad, in {path}; got {content[key]!r}. "
+                "Write it without quotes."
+            )
+    return (
+        content["flip_angle"],
+        content["pulse_duration"],
+        content["repetition_time"],
+        content.get("inversion"),
+        content.get("phase_increment"),
+    )
 
 
 def _agreed(what: str, own: _T | None, asked: _T | None, path: Path) -> _T | None:
