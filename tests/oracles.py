@@ -131,3 +131,49 @@ def two_pool_signal(
         if np.abs(m - before).max() < 1e-13:
             return np.array(signal)
     raise AssertionError("the cycle did not become periodic")
+
+
+def generalized_bloch_pulse(
+    tissue: dict[str, float], angle: float, duration: float, start: NDArray[np.float64], steps: int
+) -> NDArray[np.float64]:
+    """(xf, yf, zf, zs) after a pulse of the full generalized Bloch model, by time stepping.
+
+    Implicit trapezoidal steps; the memory integral is a trapezoidal sum over all steps before.
+    Three runs with halved steps are extrapolated to h = 0, which leaves h⁶ terms.
+    """
+    m0s, R1f, R2f, Rx = (tissue[name] for name in ("m0s", "R1f", "R2f", "Rx"))
+    R1s, T2s, B0, B1 = (tissue[name] for name in ("R1s", "T2s", "B0", "B1"))
+    m0f, w1 = 1 - m0s, B1 * angle / duration
+    L = np.array(
+        [
+            [-R2f, -B0, w1, 0],
+            [B0, -R2f, 0, 0],
+            [-w1, 0, -R1f - Rx * m0s, Rx * m0f],
+            [0, 0, Rx * m0s, -R1s - Rx * m0f],
+        ]
+    )
+    c = np.array([0, 0, R1f * m0f, R1s * m0s])
+
+    def run(n: int) -> NDArray[np.float64]:
+        h = duration / n
+        ζ = np.linspace(0, 1, 4001)
+        κ = h / T2s * np.arange(n + 1)
+        G = np.array([simpson(np.exp(-((k * (3 * ζ**2 - 1)) ** 2) / 8), x=ζ) for k in κ])
+        # The new zs enters its own memory integral with weight h/2.
+        left = np.eye(4) - h / 2 * L
+        left[3, 3] += h / 2 * w1**2 * h / 2
+        m = start.copy()
+        history, memory = np.zeros(n + 1), 0.0
+        history[0] = m[3]
+        for k in range(n):
+            known = h * (G[k + 1 : 0 : -1] @ history[: k + 1] - G[k + 1] * history[0] / 2)
+            right = m + h / 2 * (L @ m) + h * c
+            right[3] -= h / 2 * w1**2 * (memory + known)
+            m = np.linalg.solve(left, right)
+            history[k + 1] = m[3]
+            memory = known + h * m[3] / 2
+        return m
+
+    one, two, four = (run(k * steps) for k in (1, 2, 4))
+    once, again = (4 * two - one) / 3, (4 * four - two) / 3
+    return (16 * again - once) / 15

@@ -17,6 +17,7 @@ from fisherprint.models.lineshape import (
     NoLinearizedRateError,
     check_range,
     exact_rates,
+    graham_rate,
     greens_function,
     linearized_rate,
     rate,
@@ -257,3 +258,68 @@ class TestCache:
         for _ in range(2):
             assert self.read().size
         assert len(builds) == 2
+
+
+@pytest.mark.parametrize("x", [2.0, 7.0, 33.0, 250.0])
+def test_grahams_rate_against_adaptive_quadrature(x):
+    duration, angle, t2s = x * 10e-6, 1.3, 10e-6
+    w1 = angle / duration
+    integral = quad(
+        lambda u: (duration - u) * oracles.greens_function(u / t2s),
+        0,
+        duration,
+        points=[min(20 * t2s, duration / 2)],
+        epsabs=0,
+        epsrel=1e-11,
+        limit=400,
+    )[0]
+    got = graham_rate(duration, angle, t2s)
+    # The table is a quintic spline on cells of 5 % in TRF/T2s.
+    assert got.value == pytest.approx(w1**2 / duration * integral, rel=1e-9)
+
+
+def test_derivatives_of_grahams_rate():
+    duration, angle, t2s = 300e-6, -1.3, 11e-6
+    got = graham_rate(duration, angle, t2s)
+    h = 1e-4
+    # Central differences: h² = 1e-8.
+    by_t2s = graham_rate(duration, angle, t2s * np.array([1 + h, 1 - h])).value
+    assert got.by_t2s == pytest.approx((by_t2s[0] - by_t2s[1]) / (2 * h * t2s), rel=1e-7)
+    by_angle = graham_rate(duration, angle * np.array([1 + h, 1 - h]), t2s).value
+    assert got.by_angle == pytest.approx((by_angle[0] - by_angle[1]) / (2 * h * angle), rel=1e-7)
+
+
+def graham_saturation(x, angle):
+    return np.exp(-graham_rate(x * 10e-6, angle, 10e-6).value * x * 10e-6)
+
+
+def test_graham_deviates_for_short_pulses_as_published():
+    # Doctest of MRIgeneralizedBloch.jl: zs after π/2 in 100 µs with T2s 10 µs by Sled's model,
+    # which for a rectangular pulse ends like Graham's; R1s 2/s and a solver of tolerance 1e-3.
+    assert graham_saturation(10, np.pi / 2) == pytest.approx(0.4895365449661915, abs=1e-3)
+    # The generalized Bloch model saturates more (its own doctest gives 0.0821 of 0.2).
+    assert saturation(10, np.pi / 2) == pytest.approx(0.411, abs=1e-3)
+    # doi:10.1002/mrm.29071: the models differ most for pulses below 300 µs. After an inversion
+    # Graham's zs is positive always, while a short pulse inverts the semi-solid pool too.
+    pulses = np.array([2.0, 5, 10, 30, 60, 100, 250])
+    apart = graham_saturation(pulses, np.pi) - saturation(pulses, np.pi)
+    assert (np.diff(apart) < 0).all()
+    assert saturation(10, np.pi) < -0.25 < 0 < graham_saturation(10, np.pi)
+    # Towards hard pulses: cos α against exp(−α²/2).
+    assert apart[0] > 0.75
+
+
+def test_graham_is_right_for_weak_pulses():
+    for x in (5.0, 30.0, 200.0):
+        weak = np.array([0.1, 0.05])
+        apart = np.abs(graham_saturation(x, weak) - saturation(x, weak))
+        # Both agree to first order in a², so what is left falls with a⁴.
+        assert apart[0] / apart[1] == pytest.approx(16, rel=0.05)
+
+
+def test_graham_needs_long_enough_tables():
+    with pytest.raises(ValueError, match=r"TRF/T2s must lie between 2 and 250.*; got 300"):
+        graham_rate(3e-3, 1.0, 10e-6)
+    # But no angle is too large: the rate grows like its square.
+    small, large = graham_rate(300e-6, [2.0, 6.0], 10e-6).value
+    assert large == pytest.approx(9 * small, rel=1e-12)

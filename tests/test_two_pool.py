@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -6,12 +8,16 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import expm
 
 import fisherprint as fp
-from fisherprint.models import lineshape, two_pool
+from fisherprint import _threads
+from fisherprint.models import SinglePool, cycle, kernels, lineshape
 
+APPARENT = ("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1")
 SEPARATE = ("m0s", "T1f", "T2f", "Rx", "T1s", "T2s", "B0", "B1")
 TIMES = [1, 2, 4]
+ONE_POOL = {"T1": 1.3, "T2": 0.08, "B0": 80.0, "B1": 1.05}
 
 
 def from_rates(rates):
@@ -93,8 +99,6 @@ def test_agrees_with_slow_oracle(short_train, white_matter, inversion):
 
 def test_one_pulse_of_the_published_doctest():
     # MRIgeneralizedBloch.jl: π pulse of 500 µs, given R2sl = 1e5/s; here through the oracle's H.
-    from scipy.linalg import expm
-
     m0s, R1f, R2f, Rx, R1s, rate, w1 = 0.1, 1, 15, 30, 6.5, 1e5, np.pi / 500e-6
     m0f = 1 - m0s
     H = np.array(
@@ -117,39 +121,63 @@ def test_one_pulse_of_the_published_doctest():
     start = np.array([0, 0, m0f, 0, m0s, 1])
     np.testing.assert_allclose((expm(H * 500e-6) @ start)[:5], expected, atol=1e-14)
 
-    # The kernel's exponential of the same pulse, with decay R2sl·TRF = 50 in its series.
-    from fisherprint.models import kernels
+    # The kernel's series of the same pulse, with decay R2sl·TRF = 50 in it.
+    tissue = np.outer([m0s, R1f, R2f, Rx, R1s, 10e-6, 0, 1], np.ones(kernels.LANES))
+    rates = np.outer([rate, 0, 0], np.ones(kernels.LANES))
+    steps, order, shift = kernels.series(tissue, rates, 500e-6, np.pi)
+    assert steps > 1  # the longest step is 8, and half of the decay is 25
+    h = np.zeros((15, kernels.LANES))
+    kernels.generator(
+        tissue, kernels.LINEARIZED, rates, 500e-6 / steps, np.pi / steps, shift, False, h
+    )
+    m = np.zeros((1, 5, kernels.LANES))
+    m[0, [kernels.Z, kernels.ZS]] = [[m0f], [m0s]]
+    for _ in range(steps):
+        r, one = m.copy(), 1.0
+        for k in range(order, 0, -1):
+            kernels.term(h, 1 / k, one, True, m, r, 0)
+            one = 1 + shift / k * one
+        m = np.exp(-shift) * r
+    # The series is cut at 1e-12 of a step.
+    x, y, z, zs, xs = m[0, :, 0]
+    np.testing.assert_allclose([x, y, z, xs, zs], expected, atol=1e-11)
 
-    lanes = np.ones(kernels.LANES)
-    tissue = np.outer([m0s, R1f, R2f, Rx, R1s, 10e-6, 0, 1], lanes)
-    seed = np.zeros((0, 8))
-    matrix, U, work = (np.zeros((1, 5, 6, kernels.LANES)) for _ in range(3))
-    kernels.generator(tissue, seed, np.outer([rate, 0, 0], lanes), w1, False, matrix)
-    U, _ = kernels.exponential(matrix, 500e-6, kernels.entries(seed), U, work)
-    got = U[0, :, :5, 0] @ start[:5] + U[0, :, 5, 0]
-    # Ten significant digits: 0.35^9 / 9! = 2e-10 a step of the series.
-    np.testing.assert_allclose(got, expected, atol=1e-9)
+
+DIFFERENTIATED = {
+    "apparent T1": fp.TwoPool,
+    "T1f and T1s": lambda train: fp.TwoPool(train, SEPARATE),
+    "another order": lambda train: fp.TwoPool(train, APPARENT[::-1]),
+    "Graham": lambda train: fp.TwoPool(train, saturation="graham"),
+    "Graham, T1f and T1s": lambda train: fp.TwoPool(train, SEPARATE, saturation="graham"),
+    "single pool": SinglePool,
+}
 
 
-@pytest.mark.parametrize("inversion", ["crushed", "spoiled"])
-@pytest.mark.parametrize("names", [("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1"), SEPARATE])
-def test_derivatives_by_central_differences(short_train, inversion, names):
-    train = fp.PulseTrain(short_train.flip_angle, short_train.pulse_duration, 3.5e-3, inversion)
-    model = fp.TwoPool(train, names)
+@pytest.mark.parametrize(
+    ("inversion", "increment"), [("crushed", np.pi), ("spoiled", np.pi), ("crushed", 1.0)]
+)
+@pytest.mark.parametrize("make", DIFFERENTIATED.values(), ids=DIFFERENTIATED)
+def test_derivatives_by_central_differences(short_train, inversion, increment, make):
+    model = make(
+        fp.PulseTrain(
+            short_train.flip_angle, short_train.pulse_duration, 3.5e-3, inversion, increment
+        )
+    )
     values = {
         "m0s": 0.18,
         "T1": 1.1,
         "T1f": 1.7,
         "T1s": 0.4,
+        "T2": 0.06,
         "T2f": 0.07,
         "Rx": 20.0,
         "T2s": 11e-6,
         "B0": 150.0,
         "B1": 0.9,
     }
-    theta = np.array([[values[name] for name in names]])
+    theta = np.array([[values[name] for name in model.names]])
     out = model.simulate(theta)
-    for column, name in enumerate(names):
+    for column, name in enumerate(model.names):
         # Fourth-order differences: (1e-3)^4 truncation against 1e-13 / 1e-3 rounding.
         step = 1e-3 * values[name]
         shifted = []
@@ -197,12 +225,9 @@ def test_b0_is_periodic_within_two_percent(paper_train, white_matter):
     assert np.linalg.norm(first + second) < 0.02 * np.linalg.norm(first)
 
 
-def test_without_semisolid_pool_it_is_the_bloch_model(short_train):
-    # A single pool by 3x3 rotations and relaxation: another model, not the same one at m0s = 0.
-    from scipy.linalg import expm
-
-    T1, T2, w0, B1 = 1.3, 0.08, 80.0, 1.05
-    angle, duration = short_train.flip_angle[0], short_train.pulse_duration[0]
+def bloch_signal(train, T1, T2, w0, B1):
+    """A single pool by 4x4 matrix exponentials, played until the cycle repeats."""
+    angle, duration = train.flip_angle[0], train.pulse_duration[0]
 
     def bloch(w1, time):
         A = np.array(
@@ -210,22 +235,46 @@ def test_without_semisolid_pool_it_is_the_bloch_model(short_train):
         )
         return expm(A * time)
 
-    turn = np.diag([-1.0, -1, 1, 1])
+    c, s = np.cos(train.phase_increment), np.sin(train.phase_increment)
+    turn = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     m = np.array([0, 0, 1.0, 1])
     for _ in range(100):
         signal = []
-        for i in range(40):
+        for i in range(angle.size):
             if i == 0:
                 half = bloch(0, 3.5e-3 / 2)
-                s2 = np.sin(B1 * angle[0] / 2) ** 2
+                s2 = np.sin(B1 * angle[0] / 2) ** 2 if train.inversion == "crushed" else 0.0
                 pulse = np.diag([s2, -s2, np.cos(B1 * angle[0]), 1])
             else:
                 half = bloch(0, (3.5e-3 - duration[i]) / 2)
                 pulse = bloch(B1 * angle[i] / duration[i], duration[i])
             m = half @ pulse @ turn @ half @ m
             signal.append(m[0] + 1j * m[1])
-    got = fp.TwoPool(short_train).signal([[0, T1, T2, 30, 12e-6, w0, B1]])[0]
-    np.testing.assert_allclose(got, signal, atol=1e-9)
+    return np.array(signal)
+
+
+@pytest.mark.parametrize("inversion", ["crushed", "spoiled"])
+@pytest.mark.parametrize("increment", [np.pi, 0.0, 2.0])
+def test_without_semisolid_pool_it_is_the_bloch_model(short_train, inversion, increment):
+    train = fp.PulseTrain(
+        short_train.flip_angle, short_train.pulse_duration, 3.5e-3, inversion, increment
+    )
+    T1, T2, w0, B1 = ONE_POOL.values()
+    expected = bloch_signal(train, T1, T2, w0, B1)
+    got = fp.TwoPool(train).signal([[0, T1, T2, 30, 12e-6, w0, B1]])[0]
+    # Series of the pulses: 1e-12 each; the oracle repeats to e^(-14 s / 1.3 s), 2e-5, of what the
+    # inversion leaves of the state after a cycle: far below rounding after 100 of them.
+    np.testing.assert_allclose(got, expected, atol=1e-10)
+    np.testing.assert_allclose(
+        SinglePool(train).signal([[T1, T2, w0, B1]])[0], expected, atol=1e-10
+    )
+
+
+def test_a_single_pool_takes_angles_beyond_the_linearized_rate(short_train):
+    # B1·α = 6.3 rad for the inversion has no linearized rate; the Bloch equations do not mind.
+    T1, T2, w0, B1 = 1.3, 0.08, -50.0, 2.0
+    got = SinglePool(short_train).signal([[T1, T2, w0, B1]])[0]
+    np.testing.assert_allclose(got, bloch_signal(short_train, T1, T2, w0, B1), atol=1e-10)
 
 
 def test_trains_stand_one_after_the_other(short_train, white_matter):
@@ -311,7 +360,10 @@ def test_bad_shapes_and_names(short_train):
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no such limit on this system")
-def test_threads_are_as_many_as_the_cores_of_this_process(short_train, white_matter, monkeypatch):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_threads_are_as_many_as_the_cores_of_this_process(
+    short_train, white_matter, monkeypatch, cores
+):
     asked = []
 
     class Pool(ThreadPoolExecutor):
@@ -319,7 +371,68 @@ def test_threads_are_as_many_as_the_cores_of_this_process(short_train, white_mat
             asked.append(n_threads)
             super().__init__(n_threads)
 
-    monkeypatch.setattr(two_pool, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
-    fp.TwoPool(short_train).signal(np.atleast_2d(white_matter))
-    assert asked == [1]
+    monkeypatch.setattr(cycle, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3, 3 + cores)))
+    theta = np.tile(white_matter, (2 * kernels.LANES, 1))
+    fp.TwoPool(short_train).signal(theta)
+    assert asked == [2] * (cores == 2)  # one core needs no pool
+    with _threads.one_thread():
+        fp.TwoPool(short_train).signal(theta)
+    assert len(asked) == (cores == 2)
+
+
+def test_the_first_call_says_that_it_compiles(tmp_path):
+    # A process with an empty cache compiles, and says so; the next one finds it compiled.
+    lines = (
+        "import numpy as np, fisherprint as fp",
+        "from fisherprint import models",
+        "train = fp.PulseTrain([3.14159, 0.5, 0.6], [5e-4, 2e-4, 3e-4], 3.5e-3)",
+        "print(models.compiled())",
+        "s = models.SinglePool(train).simulate([[1.0, 0.08, 10.0, 1.0]])",
+        "print(models.compiled(), s.signal.tobytes().hex(), s.jacobian.tobytes().hex())",
+    )
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", "\n".join(lines)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for _ in range(2)
+    ]
+    first, second = (run.stdout.split() for run in runs)
+    assert "compiling the signal model" in runs[0].stderr
+    assert "compiling" not in runs[1].stderr
+    assert (first[:2], second[:2]) == (["False", "True"], ["True", "True"])
+    # Freshly compiled and read from the cache it gives the same bits.
+    assert first[2:] == second[2:]
+
+
+def test_a_single_pool_is_two_pools_without_the_second(short_train):
+    one = SinglePool(short_train).simulate([list(ONE_POOL.values())])
+    T1, T2, B0, B1 = ONE_POOL.values()
+    two = fp.TwoPool(short_train).simulate([[0, T1, T2, 30, 12e-6, B0, B1]])
+    # Series of other lengths, each cut at 1e-12 a pulse.
+    np.testing.assert_allclose(one.signal, two.signal, atol=1e-10)
+    for ours, theirs in (("T1", "T1"), ("T2", "T2f"), ("B0", "B0"), ("B1", "B1")):
+        got = one.jacobian[0, :, list(ONE_POOL).index(ours)]
+        expected = two.jacobian[0, :, fp.TwoPool(short_train).index(theirs)]
+        assert np.linalg.norm(got - expected) < 1e-9 * np.linalg.norm(expected), ours
+
+
+def test_names_of_a_single_pool(short_train):
+    with pytest.raises(KeyError, match="unknown parameter 'T2f'; known are T1, T2, B0, B1"):
+        SinglePool(short_train, ("T1", "T2f", "B0", "B1"))
+    with pytest.raises(ValueError, match="expected the parameters"):
+        SinglePool(short_train, ("T1", "T2", "B0"))
+    turned = SinglePool(short_train, ("B1", "T2", "T1", "B0")).simulate([[1.05, 0.08, 1.3, 80.0]])
+    straight = SinglePool(short_train).simulate([list(ONE_POOL.values())])
+    np.testing.assert_array_equal(turned.jacobian[..., 2], straight.jacobian[..., 0])
+    np.testing.assert_array_equal(turned.jacobian[..., 0], straight.jacobian[..., 3])
+
+
+def test_unknown_saturation(short_train):
+    with pytest.raises(ValueError, match=r"a saturation of linearized, graham, .* got 'Graham'"):
+        fp.TwoPool(short_train, saturation="Graham")

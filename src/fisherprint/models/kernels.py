@@ -1,9 +1,13 @@
-"""Compiled kernels of the two-pool model: one cycle of a pulse train with exact derivatives.
+"""Compiled kernels: one cycle of a pulse train through one or two pools, with exact derivatives.
 
-Forward mode throughout: the leading axis of each array holds the value at 0 and its
-derivatives along D directions at 1...D. The trailing axis holds LANES parameter sets, which
-the processor handles together. A matrix is affine, n rows and n + 1 columns; its last column
-multiplies the constant 1.
+The trailing axis of each array holds LANES parameter sets, which the processor handles together.
+A pulse acts on magnetization, never as a matrix: exp(Hτ) m is summed as a series of H applied to
+m, and the derivative with respect to p obeys the same series with ∂H/∂p applied to m as a source.
+
+Two passes. The first plays the cycle for the basis vectors of the initial state and for the
+constant, without derivatives; from it comes the periodic state. The second plays the cycle for
+that state with its derivatives, as if the initial state did not depend on the parameters; the
+basis vectors of the first pass then add what it does depend.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint.models.lineshape import rate
+from fisherprint.models.lineshape import graham, rate
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -22,293 +26,426 @@ LANES = 32
 # Fused multiply-add and reassociation; NaN and Inf keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
 
-# Rows and columns of the magnetization during a pulse; ys is neglected.
-XF, YF, ZF, XS, ZS, ONE = 0, 1, 2, 3, 4, 5
-# Between pulses xs is zero: four numbers and the constant carry over.
-CARRIED = np.array([XF, YF, ZF, ZS])
+# Magnetization: x, y, z of the free pool, z and x of the semi-solid pool; its y is neglected.
+# Between pulses its x is zero: the first CARRIED numbers carry over, for a single pool three.
+X, Y, Z, ZS, XS = range(5)
+CARRIED = 4
+CARRIED_SINGLE = 3
 
 # What the kernel takes of a voxel, in this order.
-M0S, R1F, R2F, RX, R1S, T2S, B0, B1 = 0, 1, 2, 3, 4, 5, 6, 7
+M0S, R1F, R2F, RX, R1S, T2S, B0, B1 = range(8)
 PHYSICAL = ("m0s", "R1f", "R2f", "Rx", "R1s", "T2s", "B0", "B1")
 
-TAYLOR_ORDER = 8
-# Rotation angle of one step of the series: its truncation error is 0.35^9 / 9! = 2e-10.
-MAX_ROTATION = 0.35
-# xs decays fast and is zero before and after a pulse, so its decay R2sl·τ in one step may be
-# larger: at 1 the signal is within 2e-10 of exact exponentials and ∂/∂T2s within 2e-8, at 2 they
-# are within 6e-8 and 3e-6 (paper's train).
-MAX_DECAY = 1.0
+# Rows of the derivatives. A single pool has the first four, with R1f its R1. Two pools have all
+# eight, or without the last: the derivative by R1s is then added to that by R1f.
+BY = ("R2f", "B0", "B1", "R1f", "m0s", "Rx", "T2s", "R1s")
+BY_R2F, BY_B0, BY_B1, BY_R1F, BY_M0S, BY_RX, BY_T2S, BY_R1S = range(8)
 
-# Entries of H that each physical parameter moves.
-_MOVED = {
-    M0S: ((ZF, ZF), (ZF, ZS), (ZF, ONE), (ZS, ZF), (ZS, ZS), (ZS, ONE)),
-    R1F: ((ZF, ZF), (ZF, ONE)),
-    R2F: ((XF, XF), (YF, YF)),
-    RX: ((ZF, ZF), (ZF, ZS), (ZS, ZF), (ZS, ZS)),
-    R1S: ((ZS, ZS), (ZS, ONE)),
-    T2S: ((XS, XS),),
-    B0: ((XF, YF), (YF, XF)),
-    B1: ((XF, ZF), (ZF, XF), (XS, XS), (XS, ZS), (ZS, XS)),
-}
-_MOST = 15
+# How the semi-solid pool is saturated; a single pool has none.
+SINGLE, LINEARIZED, GRAHAM = range(3)
 
+# Entries of Hτ (see design: rows x, y, z, zs, xs), and of its derivatives by T2s and B1 that
+# the saturation has.
+H_TRANSVERSE, H_B0, H_B1, H_Z, H_Z_ZS, H_Z_ONE, H_ZS_Z, H_ZS, H_ZS_ONE, H_XS, H_SATURATE = range(
+    11
+)
+H_XS_BY_T2S, H_XS_BY_B1, H_ZS_BY_T2S, H_ZS_BY_B1 = range(11, 15)
+_ENTRIES = 15
 
-def entries(seed: Array) -> Integers:
-    """Entries of the derivative of H along each direction that can differ from zero.
+# What is left out of the series of one step, relative to the magnetization. Over the paper's train
+# it leaves 3e-10 of the signal and of its derivatives; at 1e-9 it would leave 1e-7.
+TRUNCATION = 1e-12
+# Longest step of the series in units of 1/‖H‖: longer ones lose digits to cancellation.
+MAX_STEP = 8.0
 
-    Args:
-        seed: ∂(physical parameter)/∂(direction), shape (D, 8).
-
-    Returns:
-        Rows and columns, shape (D, 15, 2), -1 past the end of each list.
-    """
-    table = np.full((len(seed), _MOST, 2), -1, dtype=np.int64)
-    for d, direction in enumerate(seed):
-        moved = sorted({e for q in np.flatnonzero(direction) for e in _MOVED[int(q)]})
-        table[d, : len(moved)] = moved
-    return table
+# Free precession: turn and decay, exchange and relaxation of (z, zs), recovery; then the
+# derivatives of the last six with respect to these four, in this order.
+_TRANSVERSE, _EXCHANGE, _RECOVERY, _SLOPES = 0, 2, 6, 8
+_SLOPES_BY = (M0S, RX, R1F, R1S)
+_FREE = _SLOPES + 6 * len(_SLOPES_BY)
+# Pulses that are written out together: blocks in memory are whole and not touched one by one.
+_BLOCK = 8
 
 
 @numba.njit(cache=True, fastmath=_FAST, nogil=True)
 def train_signal(
     tissue: Array,
-    seed: Array,
-    table: Integers,
+    saturation: int,
+    crushed: bool,
     flip_angle: Array,
     pulse_duration: Array,
-    repetition_time: float,
-    crushed: bool,
-    coefficients: Array,
+    free_time: Array,
+    which_time: Integers,
+    phase: tuple[float, float],
+    table: Array,
+    scale: Array,
+    place: Integers,
     out: NDArray[np.complex128],
     first: int,
     column: int,
 ) -> None:
     """Periodic signal of one train for LANES voxels, and its derivatives.
 
-    The propagators of all pulses act on the four basis vectors of the initial state and on the
-    constant; the periodic initial state is found at the end, and its samples are combined.
-
     Args:
         tissue: physical parameters, shape (8, LANES).
-        seed: ∂(physical parameter)/∂(direction), shape (D, 8).
-        table: the result of `entries(seed)`.
+        saturation: SINGLE, LINEARIZED or GRAHAM.
+        crushed: crushed inversion; else spoiled.
         flip_angle: α in rad, shape (N,), the inversion first.
         pulse_duration: TRF in s, shape (N,).
-        repetition_time: TR in s.
-        crushed: crushed inversion; else spoiled.
-        coefficients: table of the linearized rate.
-        out: receives xf + i·yf at the echo of each pulse, shape (S, D + 1, T); contiguous, so
+        free_time: the different times of free precession beside a pulse, in s.
+        which_time: which of them belongs to each pulse, shape (N,).
+        phase: cosine and sine of the phase increment.
+        table: of the saturation.
+        scale: what multiplies the derivatives by `BY`, shape (D, LANES): ∂(physical)/∂(model's).
+        place: their places in `out`, shape (D,); none for the signal alone.
+        out: receives x + i·y at the echo of each pulse, shape (S, D + 1, T); contiguous, so
             that there is one compiled kernel and one rounding.
         first: row of `out` for the first of the voxels; those past the last row are left out.
         column: column of `out` for the first pulse.
     """
     n_pulses = flip_angle.size
-    n = seed.shape[0] + 1
-    H = np.zeros((n, 5, 6, LANES))
-    U = np.zeros((n, 5, 6, LANES))
-    work = np.zeros((n, 5, 6, LANES))
-    transverse = np.zeros((n, 2, LANES))
-    longitudinal = np.zeros((n, 2, 3, LANES))
-    state = np.zeros((n, 4, 5, LANES))
-    scratch = np.zeros((n, 4, 5, LANES))
-    samples = np.empty((n_pulses, n, 2, 5, LANES))
-    r2sl = np.zeros((3, LANES))
-    for i in range(4):
-        state[0, i, i, :] = 1.0
+    free = np.empty((free_time.size, _FREE, LANES))
+    for u in range(free_time.size):
+        precession(tissue, free_time[u], free[u])
+    rates = np.zeros((n_pulses, 3, LANES))
+    if saturation != SINGLE:
+        for i in range(n_pulses):
+            saturate(
+                tissue,
+                saturation,
+                flip_angle[i],
+                pulse_duration[i],
+                table,
+                place.size > 0,
+                rates[i],
+            )
 
-    for pulse in range(n_pulses):
-        duration = pulse_duration[pulse]
-        angle = flip_angle[pulse]
+    samples, last = first_pass(
+        tissue, saturation, crushed, flip_angle, pulse_duration, free, which_time, phase, rates
+    )
+    left, start = periodic(last)
+    if place.size == 0:
+        write_signal(samples, start, out, first, column)
+        return
+    tangents, end = second_pass(
+        tissue,
+        saturation,
+        crushed,
+        flip_angle,
+        pulse_duration,
+        free,
+        free_time,
+        which_time,
+        phase,
+        rates,
+        start,
+        place.size,
+    )
+    slopes = np.empty((place.size, start.shape[0], LANES))
+    for lane in range(LANES):
+        # dm = (1 - A)⁻¹ (dA m + db): what is left at the end of the cycle.
+        right = np.ascontiguousarray(end[:, : start.shape[0], lane].T)
+        slopes[:, :, lane] = np.linalg.solve(left[lane], right).T
+    write(samples, tangents, slopes, scale, place, out, first, column)
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def first_pass(
+    tissue: Array,
+    saturation: int,
+    crushed: bool,
+    flip_angle: Array,
+    pulse_duration: Array,
+    free: Array,
+    which_time: Integers,
+    phase: tuple[float, float],
+    rates: Array,
+) -> tuple[Array, Array]:
+    """The cycle for each basis vector of the initial state, and for the constant.
+
+    Returns:
+        x and y at the echoes, shape (N, 2, 5, LANES), and the state at the end, (5, 5, LANES);
+        the last of the five is the constant's. A single pool has four.
+    """
+    two = saturation != SINGLE
+    carried = CARRIED if two else CARRIED_SINGLE
+    n_pulses = flip_angle.size
+    h = np.zeros((_ENTRIES, LANES))
+    m = np.zeros((carried + 1, 5, LANES))
+    r = np.zeros((carried + 1, 5, LANES))
+    samples = np.empty((n_pulses, 2, carried + 1, LANES))
+    for j in range(carried):
+        m[j, j, :] = 1.0
+    for i in range(n_pulses):
+        f = free[which_time[i]]
+        for j in range(carried + 1):
+            precess(f, phase, 1.0 if j == carried else 0.0, two, m, j)
+        steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
+        tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
+        generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
+        m[:, XS] = 0.0
+        for _ in range(steps):
+            r[:] = m
+            one = 1.0
+            for k in range(order, 0, -1):
+                for j in range(carried + 1):
+                    term(h, 1.0 / k, one if j == carried else 0.0, two, m, r, j)
+                one = 1.0 + shift / k * one
+            scaled(r, np.exp(-shift), m)
+        if i == 0:
+            for j in range(carried + 1):
+                invert(tissue, flip_angle[0], crushed, m, j)
+        for j in range(carried + 1):
+            precess(f, (1.0, 0.0), 1.0 if j == carried else 0.0, two, m, j)
+            for lane in range(LANES):
+                samples[i, 0, j, lane] = m[j, X, lane]
+                samples[i, 1, j, lane] = m[j, Y, lane]
+    return samples, m
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def second_pass(
+    tissue: Array,
+    saturation: int,
+    crushed: bool,
+    flip_angle: Array,
+    pulse_duration: Array,
+    free: Array,
+    free_time: Array,
+    which_time: Integers,
+    phase: tuple[float, float],
+    rates: Array,
+    start: Array,
+    n_directions: int,
+) -> tuple[Array, Array]:
+    """The cycle for the periodic state, with derivatives that are zero at its start.
+
+    Returns:
+        x and y at the echoes, of the signal and of its derivatives, shape (N, 1 + D, 2, LANES);
+        and the derivatives at the end, shape (D, 5, LANES).
+    """
+    two = saturation != SINGLE
+    n_pulses = flip_angle.size
+    h = np.zeros((_ENTRIES, LANES))
+    m = np.zeros((1, 5, LANES))
+    r = np.zeros((1, 5, LANES))
+    dm = np.zeros((n_directions, 5, LANES))
+    dr = np.zeros((n_directions, 5, LANES))
+    samples = np.empty((n_pulses, 1 + n_directions, 2, LANES))
+    m[0, : start.shape[0]] = start
+    for i in range(n_pulses):
+        f, time = free[which_time[i]], free_time[which_time[i]]
+        precess_all(f, time, phase, two, m, dm)
+        steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
+        tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
+        generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
+        m[:, XS] = 0.0
+        dm[:, XS] = 0.0
+        for _ in range(steps):
+            r[:] = m
+            dr[:] = dm
+            one = 1.0
+            for k in range(order, 0, -1):
+                # The derivatives first: their source is the value from before.
+                for p in range(n_directions):
+                    term(h, 1.0 / k, 0.0, two, dm, dr, p)
+                if i > 0:
+                    free_source(tissue, tau / k, angle / k, one, r, dr)
+                if two:
+                    semisolid_source(h, 1.0 / k, 0.0 if saturation == GRAHAM else angle, r, dr)
+                    if i > 0:
+                        exchange_source(tissue, tau / k, one, r, dr)
+                term(h, 1.0 / k, one, two, m, r, 0)
+                one = 1.0 + shift / k * one
+            scaled(r, np.exp(-shift), m)
+            scaled(dr, np.exp(-shift), dm)
+        if i == 0:
+            for p in range(n_directions):
+                invert(tissue, flip_angle[0], crushed, dm, p)
+            invert_source(tissue, flip_angle[0], crushed, m, dm)
+            invert(tissue, flip_angle[0], crushed, m, 0)
+        precess_all(f, time, (1.0, 0.0), two, m, dm)
         for lane in range(LANES):
-            t2s = tissue[T2S, lane]
-            x = duration / t2s
-            f, f_x, f_a = rate(coefficients, x, abs(tissue[B1, lane] * angle))
-            r2sl[0, lane] = f / t2s
-            r2sl[1, lane] = -(f + f_x * x) / t2s**2
-            r2sl[2, lane] = f_a * abs(angle) / t2s
+            samples[i, 0, 0, lane] = m[0, X, lane]
+            samples[i, 0, 1, lane] = m[0, Y, lane]
+        for p in range(n_directions):
+            for lane in range(LANES):
+                samples[i, 1 + p, 0, lane] = dm[p, X, lane]
+                samples[i, 1 + p, 1, lane] = dm[p, Y, lane]
+    return samples, dm
 
-        inversion = pulse == 0
-        generator(tissue, seed, r2sl, angle / duration, inversion, H)
-        U, work = exponential(H, duration, table, U, work)
-        if inversion:
-            invert(tissue, seed, angle, crushed, U)
-        # The crushers of the inversion fill what is left of the repetition time.
-        free = repetition_time / 2 if inversion else (repetition_time - duration) / 2
-        precession(tissue, seed, free, transverse, longitudinal)
-        precess(transverse, longitudinal, state)
-        play(U, state, scratch)
-        state, scratch = scratch, state
-        precess(transverse, longitudinal, state)
-        samples[pulse] = state[:, :2]
 
-    combine(samples, periodic(state), out, first, column)
+@numba.njit(cache=True, fastmath=_FAST)
+def saturate(
+    tissue: Array,
+    saturation: int,
+    angle: float,
+    duration: float,
+    table: Array,
+    slopes: bool,
+    rates: Array,
+) -> None:
+    """Rate of the semi-solid pool's saturation by a pulse; its slopes by T2s and B1 if asked."""
+    for lane in range(LANES):
+        t2s = tissue[T2S, lane]
+        x, a = duration / t2s, abs(tissue[B1, lane] * angle)
+        if not slopes:
+            # The compiler leaves out what is not used.
+            f = graham(table, x, a)[0] if saturation == GRAHAM else rate(table, x, a)[0]
+            rates[0, lane] = f / t2s
+            continue
+        f, f_x, f_a = graham(table, x, a) if saturation == GRAHAM else rate(table, x, a)
+        rates[0, lane] = f / t2s
+        rates[1, lane] = -(f + f_x * x) / t2s**2
+        rates[2, lane] = f_a * abs(angle) / t2s
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def series(tissue: Array, rates: Array, duration: float, angle: float) -> tuple[int, int, float]:
+    """Equal steps of a pulse, terms of the series of each step, and the shift of H.
+
+    The eigenvalues of Hτ lie between 0 and -R2sl·τ, some with the imaginary part of the rotation.
+    Shifting them up by half of that width, and scaling by e^(-shift) in the end, makes the series
+    of the fast decay as short as that of half of it. The slowest lane decides.
+    """
+    width, rotation, relaxation = 0.0, 0.0, 0.0
+    for lane in range(LANES):
+        turn = (tissue[B1, lane] * angle) ** 2 + (tissue[B0, lane] * duration) ** 2
+        rate_sum = tissue[R1F, lane] + tissue[R2F, lane] + tissue[R1S, lane] + tissue[RX, lane]
+        width = max(width, rates[0, lane] * duration)
+        rotation = max(rotation, turn)
+        relaxation = max(relaxation, rate_sum * duration)
+    shift = width / 2
+    size = np.sqrt(shift**2 + rotation) + relaxation
+    steps = int(size / MAX_STEP) + 1
+    shift, size = shift / steps, size / steps
+    order, left_out = 1, size**2 / 2 * np.exp(-shift)
+    while left_out > TRUNCATION:
+        order += 1
+        left_out *= size / (order + 1)
+    return steps, order, shift
 
 
 @numba.njit(cache=True, fastmath=_FAST)
 def generator(
-    tissue: Array, seed: Array, r2sl: Array, omega1: float, inversion: bool, H: Array
+    tissue: Array,
+    saturation: int,
+    rates: Array,
+    tau: float,
+    angle: float,
+    shift: float,
+    inversion: bool,
+    h: Array,
 ) -> None:
-    """H of a rectangular pulse of amplitude ω1, and its derivatives, into `H`.
+    """Entries of Hτ + shift for one step of a pulse, into `h`.
 
-    During the inversion only the semi-solid pool's saturation is kept.
+    Of the inversion only the saturation of the semi-solid pool is kept.
     """
+    free_tau, free_angle = (0.0, 0.0) if inversion else (tau, angle)
+    graham_tau, linear_tau = (tau, 0.0) if saturation == GRAHAM else (0.0, tau)
+    linear_angle = 0.0 if saturation == GRAHAM else angle
     for lane in range(LANES):
-        m0s, R1f, R2f, Rx = (
-            tissue[M0S, lane],
-            tissue[R1F, lane],
-            tissue[R2F, lane],
-            tissue[RX, lane],
-        )
-        R1s, w0, w1 = tissue[R1S, lane], tissue[B0, lane], tissue[B1, lane] * omega1
+        m0s, Rx = tissue[M0S, lane], tissue[RX, lane]
+        R1f, R1s = tissue[R1F, lane], tissue[R1S, lane]
         m0f = 1 - m0s
-        H[0, XS, XS, lane] = -r2sl[0, lane]
-        H[0, XS, ZS, lane] = w1
-        H[0, ZS, XS, lane] = -w1
-        keep = 0.0 if inversion else 1.0
-        H[0, XF, XF, lane] = -R2f * keep
-        H[0, XF, YF, lane] = -w0 * keep
-        H[0, XF, ZF, lane] = w1 * keep
-        H[0, YF, XF, lane] = w0 * keep
-        H[0, YF, YF, lane] = -R2f * keep
-        H[0, ZF, XF, lane] = -w1 * keep
-        H[0, ZF, ZF, lane] = (-R1f - Rx * m0s) * keep
-        H[0, ZF, ZS, lane] = Rx * m0f * keep
-        H[0, ZF, ONE, lane] = R1f * m0f * keep
-        H[0, ZS, ZF, lane] = Rx * m0s * keep
-        H[0, ZS, ZS, lane] = (-R1s - Rx * m0f) * keep
-        H[0, ZS, ONE, lane] = R1s * m0s * keep
-    for d in range(1, H.shape[0]):
-        direction = seed[d - 1]
-        dm0s, dR1f, dR2f, dRx = direction[M0S], direction[R1F], direction[R2F], direction[RX]
-        dR1s, dw0, dw1 = direction[R1S], direction[B0], direction[B1] * omega1
-        keep = 0.0 if inversion else 1.0
+        h[H_TRANSVERSE, lane] = shift - tissue[R2F, lane] * free_tau
+        h[H_B0, lane] = tissue[B0, lane] * free_tau
+        h[H_B1, lane] = tissue[B1, lane] * free_angle
+        h[H_Z, lane] = shift - (R1f + Rx * m0s) * free_tau
+        h[H_Z_ZS, lane] = Rx * m0f * free_tau
+        h[H_Z_ONE, lane] = R1f * m0f * free_tau
+        h[H_ZS_Z, lane] = Rx * m0s * free_tau
+        h[H_ZS, lane] = shift - (R1s + Rx * m0f) * free_tau - rates[0, lane] * graham_tau
+        h[H_ZS_ONE, lane] = R1s * m0s * free_tau
+        h[H_XS, lane] = shift - rates[0, lane] * linear_tau
+        h[H_SATURATE, lane] = tissue[B1, lane] * linear_angle
+        h[H_XS_BY_T2S, lane] = -rates[1, lane] * linear_tau
+        h[H_XS_BY_B1, lane] = -rates[2, lane] * linear_tau
+        h[H_ZS_BY_T2S, lane] = -rates[1, lane] * graham_tau
+        h[H_ZS_BY_B1, lane] = -rates[2, lane] * graham_tau
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def term(h: Array, c: float, one: float, two: bool, m: Array, r: Array, j: int) -> None:
+    """One term of Horner's form of exp(Hτ) m, r ← m + c Hτ r, for vector j."""
+    if two:
         for lane in range(LANES):
-            m0s, Rx = tissue[M0S, lane], tissue[RX, lane]
-            m0f = 1 - m0s
-            H[d, XS, XS, lane] = -(r2sl[1, lane] * direction[T2S] + r2sl[2, lane] * direction[B1])
-            H[d, XS, ZS, lane] = dw1
-            H[d, ZS, XS, lane] = -dw1
-            H[d, XF, XF, lane] = -dR2f * keep
-            H[d, XF, YF, lane] = -dw0 * keep
-            H[d, XF, ZF, lane] = dw1 * keep
-            H[d, YF, XF, lane] = dw0 * keep
-            H[d, YF, YF, lane] = -dR2f * keep
-            H[d, ZF, XF, lane] = -dw1 * keep
-            H[d, ZF, ZF, lane] = (-dR1f - dRx * m0s - Rx * dm0s) * keep
-            H[d, ZF, ZS, lane] = (dRx * m0f - Rx * dm0s) * keep
-            H[d, ZF, ONE, lane] = (dR1f * m0f - tissue[R1F, lane] * dm0s) * keep
-            H[d, ZS, ZF, lane] = (dRx * m0s + Rx * dm0s) * keep
-            H[d, ZS, ZS, lane] = (-dR1s - dRx * m0f + Rx * dm0s) * keep
-            H[d, ZS, ONE, lane] = (dR1s * m0s + tissue[R1S, lane] * dm0s) * keep
+            x, y, z = r[j, X, lane], r[j, Y, lane], r[j, Z, lane]
+            zs, xs = r[j, ZS, lane], r[j, XS, lane]
+            Hx = h[H_TRANSVERSE, lane] * x - h[H_B0, lane] * y + h[H_B1, lane] * z
+            Hy = h[H_TRANSVERSE, lane] * y + h[H_B0, lane] * x
+            Hz = h[H_Z, lane] * z - h[H_B1, lane] * x + h[H_Z_ZS, lane] * zs
+            Hzs = h[H_ZS, lane] * zs + h[H_ZS_Z, lane] * z - h[H_SATURATE, lane] * xs
+            Hxs = h[H_XS, lane] * xs + h[H_SATURATE, lane] * zs
+            r[j, X, lane] = m[j, X, lane] + c * Hx
+            r[j, Y, lane] = m[j, Y, lane] + c * Hy
+            r[j, Z, lane] = m[j, Z, lane] + c * (Hz + h[H_Z_ONE, lane] * one)
+            r[j, ZS, lane] = m[j, ZS, lane] + c * (Hzs + h[H_ZS_ONE, lane] * one)
+            r[j, XS, lane] = m[j, XS, lane] + c * Hxs
+    else:
+        for lane in range(LANES):
+            x, y, z = r[j, X, lane], r[j, Y, lane], r[j, Z, lane]
+            Hx = h[H_TRANSVERSE, lane] * x - h[H_B0, lane] * y + h[H_B1, lane] * z
+            Hy = h[H_TRANSVERSE, lane] * y + h[H_B0, lane] * x
+            Hz = h[H_Z, lane] * z - h[H_B1, lane] * x
+            r[j, X, lane] = m[j, X, lane] + c * Hx
+            r[j, Y, lane] = m[j, Y, lane] + c * Hy
+            r[j, Z, lane] = m[j, Z, lane] + c * (Hz + h[H_Z_ONE, lane] * one)
 
 
-@numba.njit(cache=True, fastmath=_FAST)
-def exponential(
-    H: Array, duration: float, table: Integers, U: Array, work: Array
-) -> tuple[Array, Array]:
-    """exp(H·duration) and its derivatives, the first of the returned; H is scaled in place.
-
-    A Taylor series in Horner's form, U ← 1 + (Hτ/k) U, of the pulse cut into 2^s equal steps,
-    then s squarings. The slowest lane sets s.
-    """
-    squarings = 0
+@numba.njit(fastmath=_FAST, forceinline=True)
+def free_source(tissue: Array, tau: float, angle: float, one: float, r: Array, dr: Array) -> None:
+    """Add ∂(Hτ)/∂(R2f, B0, B1, R1f) r of the free pool to the derivatives."""
     for lane in range(LANES):
-        rotation = np.sqrt(H[0, XS, ZS, lane] ** 2 + H[0, XF, YF, lane] ** 2) * duration
-        decay = -H[0, XS, XS, lane] * duration
-        free = (-H[0, XF, XF, lane] - H[0, ZF, ZF, lane] - H[0, ZS, ZS, lane]) * duration
-        need = max(max(rotation, free) / MAX_ROTATION, decay / MAX_DECAY)
-        while need > 2.0**squarings:
-            squarings += 1
-    H *= duration / 2.0**squarings
+        x, y, z = r[0, X, lane], r[0, Y, lane], r[0, Z, lane]
+        dr[BY_R2F, X, lane] -= tau * x
+        dr[BY_R2F, Y, lane] -= tau * y
+        dr[BY_B0, X, lane] -= tau * y
+        dr[BY_B0, Y, lane] += tau * x
+        dr[BY_B1, X, lane] += angle * z
+        dr[BY_B1, Z, lane] -= angle * x
+        dr[BY_R1F, Z, lane] += tau * ((1 - tissue[M0S, lane]) * one - z)
 
-    U[:] = 0.0
-    for i in range(5):
-        U[0, i, i, :] = 1.0
-    for k in range(TAYLOR_ORDER, 0, -1):
-        for d in range(H.shape[0]):
-            multiply_generator(H[0], U[d], d == 0, 1.0 / k, work[d])
-            if d > 0:
-                add_sparse(H[d], table[d - 1], U[0], 1.0 / k, work[d])
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def semisolid_source(h: Array, c: float, angle: float, r: Array, dr: Array) -> None:
+    """Add ∂(Hτ)/∂(B1, T2s) r of the semi-solid pool, with ∂/∂B1 of the rotation by `angle`."""
+    for lane in range(LANES):
+        zs, xs = r[0, ZS, lane], r[0, XS, lane]
+        dr[BY_B1, ZS, lane] += c * (h[H_ZS_BY_B1, lane] * zs - angle * xs)
+        dr[BY_B1, XS, lane] += c * (h[H_XS_BY_B1, lane] * xs + angle * zs)
+        dr[BY_T2S, ZS, lane] += c * h[H_ZS_BY_T2S, lane] * zs
+        dr[BY_T2S, XS, lane] += c * h[H_XS_BY_T2S, lane] * xs
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def exchange_source(tissue: Array, tau: float, one: float, r: Array, dr: Array) -> None:
+    """Add ∂(Hτ)/∂(m0s, Rx, R1s) r to the derivatives."""
+    for lane in range(LANES):
+        m0s, z, zs = tissue[M0S, lane], r[0, Z, lane], r[0, ZS, lane]
+        moved = tissue[RX, lane] * (z + zs)
+        dr[BY_M0S, Z, lane] -= tau * (moved + tissue[R1F, lane] * one)
+        dr[BY_M0S, ZS, lane] += tau * (moved + tissue[R1S, lane] * one)
+        exchanged = tau * ((1 - m0s) * zs - m0s * z)
+        dr[BY_RX, Z, lane] += exchanged
+        dr[BY_RX, ZS, lane] -= exchanged
+    # The row of R1s, or that of both relaxation rates together.
+    row = BY_R1S if dr.shape[0] > BY_R1S else BY_R1F
+    for lane in range(LANES):
+        dr[row, ZS, lane] += tau * (tissue[M0S, lane] * one - r[0, ZS, lane])
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def scaled(r: Array, factor: float, m: Array) -> None:
+    """Write m = factor·r."""
+    for j in range(m.shape[0]):
         for i in range(5):
-            work[0, i, i, :] += 1.0
-        U, work = work, U
-
-    for _ in range(squarings):
-        square(U, work)
-        U, work = work, U
-    return U, work
-
-
-@numba.njit(cache=True, fastmath=_FAST)
-def multiply_generator(H: Array, b: Array, affine: bool, factor: float, out: Array) -> None:
-    """Out = factor·H·b by H's structure; `affine` if the last row of b is (0...0, 1)."""
-    for j in range(6):
-        const = factor if affine and j == ONE else 0.0
-        for lane in range(LANES):
-            x, y, zf = factor * b[XF, j, lane], factor * b[YF, j, lane], factor * b[ZF, j, lane]
-            xs, zs = factor * b[XS, j, lane], factor * b[ZS, j, lane]
-            out[XF, j, lane] = H[XF, XF, lane] * x + H[XF, YF, lane] * y + H[XF, ZF, lane] * zf
-            out[YF, j, lane] = H[YF, XF, lane] * x + H[YF, YF, lane] * y
-            out[ZF, j, lane] = (
-                H[ZF, XF, lane] * x
-                + H[ZF, ZF, lane] * zf
-                + H[ZF, ZS, lane] * zs
-                + H[ZF, ONE, lane] * const
-            )
-            out[XS, j, lane] = H[XS, XS, lane] * xs + H[XS, ZS, lane] * zs
-            out[ZS, j, lane] = (
-                H[ZS, ZF, lane] * zf
-                + H[ZS, XS, lane] * xs
-                + H[ZS, ZS, lane] * zs
-                + H[ZS, ONE, lane] * const
-            )
-
-
-@numba.njit(cache=True, fastmath=_FAST)
-def add_sparse(a: Array, where: Integers, b: Array, factor: float, out: Array) -> None:
-    """Out += factor·a·b, where a has the listed entries and the last row of b is (0...0, 1)."""
-    for entry in range(where.shape[0]):
-        i, k = where[entry, 0], where[entry, 1]
-        if i < 0:
-            break
-        if k == ONE:
             for lane in range(LANES):
-                out[i, ONE, lane] += factor * a[i, ONE, lane]
-        else:
-            for j in range(6):
-                for lane in range(LANES):
-                    out[i, j, lane] += factor * a[i, k, lane] * b[k, j, lane]
+                m[j, i, lane] = factor * r[j, i, lane]
 
 
 @numba.njit(cache=True, fastmath=_FAST)
-def square(a: Array, out: Array) -> None:
-    """Square into `out`: a·a for affine 5 x 6 matrices with tangents: d(aa) = da a + a da."""
-    for d in range(a.shape[0]):
-        for i in range(5):
-            for j in range(6):
-                for lane in range(LANES):
-                    out[d, i, j, lane] = (
-                        a[d, i, 0, lane] * a[0, 0, j, lane]
-                        + a[d, i, 1, lane] * a[0, 1, j, lane]
-                        + a[d, i, 2, lane] * a[0, 2, j, lane]
-                        + a[d, i, 3, lane] * a[0, 3, j, lane]
-                        + a[d, i, 4, lane] * a[0, 4, j, lane]
-                    )
-                if d > 0:
-                    for lane in range(LANES):
-                        out[d, i, j, lane] += (
-                            a[0, i, 0, lane] * a[d, 0, j, lane]
-                            + a[0, i, 1, lane] * a[d, 1, j, lane]
-                            + a[0, i, 2, lane] * a[d, 2, j, lane]
-                            + a[0, i, 3, lane] * a[d, 3, j, lane]
-                            + a[0, i, 4, lane] * a[d, 4, j, lane]
-                        )
-            for lane in range(LANES):
-                out[d, i, ONE, lane] += a[d, i, ONE, lane]
-
-
-@numba.njit(cache=True, fastmath=_FAST)
-def invert(tissue: Array, seed: Array, angle: float, crushed: bool, U: Array) -> None:
+def invert(tissue: Array, angle: float, crushed: bool, m: Array, j: int) -> None:
     """Free pool of the inversion: diag(sin²(B1α/2), -sin²(B1α/2), cos(B1α)) if crushed.
 
     If spoiled, no transverse magnetization enters or leaves: diag(0, 0, cos(B1α)).
@@ -316,27 +453,30 @@ def invert(tissue: Array, seed: Array, angle: float, crushed: bool, U: Array) ->
     for lane in range(LANES):
         a = tissue[B1, lane] * angle
         refocused = np.sin(a / 2) ** 2 if crushed else 0.0
-        U[0, XF, XF, lane] = refocused
-        U[0, YF, YF, lane] = -refocused
-        U[0, ZF, ZF, lane] = np.cos(a)
-        for d in range(1, U.shape[0]):
-            da = angle * seed[d - 1, B1]
-            slope = np.sin(a) / 2 * da if crushed else 0.0
-            U[d, XF, XF, lane] = slope
-            U[d, YF, YF, lane] = -slope
-            U[d, ZF, ZF, lane] = -np.sin(a) * da
+        m[j, X, lane] *= refocused
+        m[j, Y, lane] *= -refocused
+        m[j, Z, lane] *= np.cos(a)
 
 
 @numba.njit(cache=True, fastmath=_FAST)
-def precession(
-    tissue: Array, seed: Array, time: float, transverse: Array, longitudinal: Array
-) -> None:
-    """Free precession for `time`, in closed form, with derivatives.
+def invert_source(tissue: Array, angle: float, crushed: bool, m: Array, dm: Array) -> None:
+    """Add ∂/∂B1 of the inversion, applied to the magnetization before it."""
+    for lane in range(LANES):
+        a = tissue[B1, lane] * angle
+        slope = np.sin(a) / 2 * angle if crushed else 0.0
+        dm[BY_B1, X, lane] += slope * m[0, X, lane]
+        dm[BY_B1, Y, lane] -= slope * m[0, Y, lane]
+        dm[BY_B1, Z, lane] -= np.sin(a) * angle * m[0, Z, lane]
 
-    `transverse` receives the two parts of exp(-R2f t + i ω0 t); `longitudinal` the affine 2 x 3
-    matrix of (zf, zs): recovery of (m0f, m0s) through exp(L t), L the relaxation and exchange.
-    With N = L - μ, μ half the trace, N² = δ²: exp(L t) = e^(μt) (C + S N),
-    C = cosh(δt), S = sinh(δt)/δ.
+
+@numba.njit(cache=True, fastmath=_FAST)
+def precession(tissue: Array, time: float, free: Array) -> None:
+    """Free precession for `time`, in closed form, with derivatives, into `free`.
+
+    Transverse: the two parts of exp(-R2f t + i ω0 t); their derivatives need no table.
+    Longitudinal: recovery of (m0f, m0s) through exp(L t), L the relaxation and exchange. With
+    N = L - μ, μ half the trace, N² = δ²: exp(L t) = e^(μt) (C + S N), C = cosh(δt),
+    S = sinh(δt)/δ.
     """
     for lane in range(LANES):
         m0s, R1f, R2f, Rx = (
@@ -349,8 +489,8 @@ def precession(
         m0f = 1 - m0s
 
         decay = np.exp(-R2f * time)
-        c, s = decay * np.cos(w0 * time), decay * np.sin(w0 * time)
-        transverse[0, 0, lane], transverse[0, 1, lane] = c, s
+        free[_TRANSVERSE, lane] = decay * np.cos(w0 * time)
+        free[_TRANSVERSE + 1, lane] = decay * np.sin(w0 * time)
 
         a, b = -R1f - Rx * m0s, Rx * m0f
         p, q = Rx * m0s, -R1s - Rx * m0f
@@ -369,20 +509,16 @@ def precession(
             S_x = (time * C - S) / (2 * delta2)
         growth = np.exp(mu * time)
         E = (growth * (C + S * n11), growth * S * b, growth * S * p, growth * (C - S * n11))
-        longitudinal[0, 0, 0, lane], longitudinal[0, 0, 1, lane] = E[0], E[1]
-        longitudinal[0, 1, 0, lane], longitudinal[0, 1, 1, lane] = E[2], E[3]
-        longitudinal[0, 0, 2, lane] = m0f - E[0] * m0f - E[1] * m0s
-        longitudinal[0, 1, 2, lane] = m0s - E[2] * m0f - E[3] * m0s
+        for i in range(4):
+            free[_EXCHANGE + i, lane] = E[i]
+        free[_RECOVERY, lane] = m0f - E[0] * m0f - E[1] * m0s
+        free[_RECOVERY + 1, lane] = m0s - E[2] * m0f - E[3] * m0s
 
-        for d in range(1, transverse.shape[0]):
-            direction = seed[d - 1]
-            dm0s, dRx = direction[M0S], direction[RX]
-            shrink, turn = -direction[R2F] * time, direction[B0] * time
-            transverse[d, 0, lane] = shrink * c - turn * s
-            transverse[d, 1, lane] = shrink * s + turn * c
-
-            da, db = -direction[R1F] - dRx * m0s - Rx * dm0s, dRx * m0f - Rx * dm0s
-            dp, dq = dRx * m0s + Rx * dm0s, -direction[R1S] - dRx * m0f + Rx * dm0s
+        for d in range(4):
+            dm0s, dRx = 1.0 if d == 0 else 0.0, 1.0 if d == 1 else 0.0
+            dR1f, dR1s = 1.0 if d == 2 else 0.0, 1.0 if d == 3 else 0.0
+            da, db = -dR1f - dRx * m0s - Rx * dm0s, dRx * m0f - Rx * dm0s
+            dp, dq = dRx * m0s + Rx * dm0s, -dR1s - dRx * m0f + Rx * dm0s
             dn11 = (da - dq) / 2
             ddelta2 = 2 * n11 * dn11 + db * p + b * dp
             dgrowth = (da + dq) / 2 * time
@@ -393,118 +529,143 @@ def precession(
                 dgrowth * E[2] + growth * (dS * p + S * dp),
                 dgrowth * E[3] + growth * (dC - dS * n11 - S * dn11),
             )
-            longitudinal[d, 0, 0, lane], longitudinal[d, 0, 1, lane] = dE[0], dE[1]
-            longitudinal[d, 1, 0, lane], longitudinal[d, 1, 1, lane] = dE[2], dE[3]
-            longitudinal[d, 0, 2, lane] = -dm0s - dE[0] * m0f - dE[1] * m0s + (E[0] - E[1]) * dm0s
-            longitudinal[d, 1, 2, lane] = dm0s - dE[2] * m0f - dE[3] * m0s + (E[2] - E[3]) * dm0s
+            slope = _SLOPES + 6 * d
+            for i in range(4):
+                free[slope + i, lane] = dE[i]
+            free[slope + 4, lane] = -dm0s - dE[0] * m0f - dE[1] * m0s + (E[0] - E[1]) * dm0s
+            free[slope + 5, lane] = dm0s - dE[2] * m0f - dE[3] * m0s + (E[2] - E[3]) * dm0s
 
 
-@numba.njit(cache=True, fastmath=_FAST)
-def precess(transverse: Array, longitudinal: Array, state: Array) -> None:
-    """Apply the free precession to the carried state, in place."""
-    # Tangents first: they need the value from before.
-    for d in range(state.shape[0] - 1, -1, -1):
-        for j in range(5):
-            const = 1.0 if j == 4 else 0.0
-            for lane in range(LANES):
-                c, s = transverse[0, 0, lane], transverse[0, 1, lane]
-                x, y = state[d, 0, j, lane], state[d, 1, j, lane]
-                zf, zs = state[d, 2, j, lane], state[d, 3, j, lane]
-                state[d, 0, j, lane] = c * x - s * y
-                state[d, 1, j, lane] = s * x + c * y
-                state[d, 2, j, lane] = (
-                    longitudinal[0, 0, 0, lane] * zf
-                    + longitudinal[0, 0, 1, lane] * zs
-                    + longitudinal[d, 0, 2, lane] * const
-                )
-                state[d, 3, j, lane] = (
-                    longitudinal[0, 1, 0, lane] * zf
-                    + longitudinal[0, 1, 1, lane] * zs
-                    + longitudinal[d, 1, 2, lane] * const
-                )
-            if d > 0:
-                for lane in range(LANES):
-                    c, s = transverse[d, 0, lane], transverse[d, 1, lane]
-                    x, y = state[0, 0, j, lane], state[0, 1, j, lane]
-                    zf, zs = state[0, 2, j, lane], state[0, 3, j, lane]
-                    state[d, 0, j, lane] += c * x - s * y
-                    state[d, 1, j, lane] += s * x + c * y
-                    state[d, 2, j, lane] += (
-                        longitudinal[d, 0, 0, lane] * zf + longitudinal[d, 0, 1, lane] * zs
-                    )
-                    state[d, 3, j, lane] += (
-                        longitudinal[d, 1, 0, lane] * zf + longitudinal[d, 1, 1, lane] * zs
-                    )
+@numba.njit(fastmath=_FAST, forceinline=True)
+def precess(
+    free: Array, phase: tuple[float, float], one: float, two: bool, m: Array, j: int
+) -> None:
+    """Free precession and a turn by the phase, of vector j in place."""
+    for lane in range(LANES):
+        c = free[_TRANSVERSE, lane] * phase[0] - free[_TRANSVERSE + 1, lane] * phase[1]
+        s = free[_TRANSVERSE, lane] * phase[1] + free[_TRANSVERSE + 1, lane] * phase[0]
+        x, y, z, zs = m[j, X, lane], m[j, Y, lane], m[j, Z, lane], m[j, ZS, lane]
+        m[j, X, lane] = c * x - s * y
+        m[j, Y, lane] = s * x + c * y
+        m[j, Z, lane] = (
+            free[_EXCHANGE, lane] * z
+            + free[_EXCHANGE + 1, lane] * zs
+            + free[_RECOVERY, lane] * one
+        )
+        if two:
+            m[j, ZS, lane] = (
+                free[_EXCHANGE + 2, lane] * z
+                + free[_EXCHANGE + 3, lane] * zs
+                + free[_RECOVERY + 1, lane] * one
+            )
 
 
-@numba.njit(cache=True, fastmath=_FAST)
-def play(U: Array, state: Array, out: Array) -> None:
-    """Apply the phase increment π, then a pulse, to the carried state: out = U·rot(π)·state."""
-    for d in range(state.shape[0]):
-        for row in range(4):
-            i = CARRIED[row]
-            for j in range(5):
-                const = 1.0 if j == 4 else 0.0
-                for lane in range(LANES):
-                    out[d, row, j, lane] = (
-                        -U[0, i, XF, lane] * state[d, 0, j, lane]
-                        - U[0, i, YF, lane] * state[d, 1, j, lane]
-                        + U[0, i, ZF, lane] * state[d, 2, j, lane]
-                        + U[0, i, ZS, lane] * state[d, 3, j, lane]
-                        + const * U[d, i, ONE, lane]
-                    )
-                if d > 0:
-                    for lane in range(LANES):
-                        out[d, row, j, lane] += (
-                            -U[d, i, XF, lane] * state[0, 0, j, lane]
-                            - U[d, i, YF, lane] * state[0, 1, j, lane]
-                            + U[d, i, ZF, lane] * state[0, 2, j, lane]
-                            + U[d, i, ZS, lane] * state[0, 3, j, lane]
-                        )
+@numba.njit(fastmath=_FAST, forceinline=True)
+def precess_all(
+    free: Array, time: float, phase: tuple[float, float], two: bool, m: Array, dm: Array
+) -> None:
+    """Free precession and a turn by the phase, of the magnetization and its derivatives."""
+    for p in range(dm.shape[0]):
+        precess(free, phase, 0.0, two, dm, p)
+    if two:
+        recover(free, _SLOPES, m, dm, BY_M0S)
+        recover(free, _SLOPES + 6, m, dm, BY_RX)
+        recover(free, _SLOPES + 18, m, dm, BY_R1S if dm.shape[0] > BY_R1S else BY_R1F)
+    recover(free, _SLOPES + 12, m, dm, BY_R1F)
+    precess(free, phase, 1.0, two, m, 0)
+    # ∂/∂R2f and ∂/∂ω0 of exp(-R2f t + i ω0 t) are -t and i t times itself.
+    for lane in range(LANES):
+        x, y = time * m[0, X, lane], time * m[0, Y, lane]
+        dm[BY_R2F, X, lane] -= x
+        dm[BY_R2F, Y, lane] -= y
+        dm[BY_B0, X, lane] -= y
+        dm[BY_B0, Y, lane] += x
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def recover(free: Array, slope: int, m: Array, dm: Array, row: int) -> None:
+    """Add the derivative of the longitudinal recovery, applied to the magnetization before it."""
+    for lane in range(LANES):
+        z, zs = m[0, Z, lane], m[0, ZS, lane]
+        dm[row, Z, lane] += (
+            free[slope, lane] * z + free[slope + 1, lane] * zs + free[slope + 4, lane]
+        )
+        dm[row, ZS, lane] += (
+            free[slope + 2, lane] * z + free[slope + 3, lane] * zs + free[slope + 5, lane]
+        )
 
 
 @numba.njit(cache=True)
-def periodic(state: Array) -> Array:
-    """The state that a whole cycle m ← A m + b reproduces, (1 - A) m = b, with derivatives.
+def periodic(last: Array) -> tuple[Array, Array]:
+    """The state m that a whole cycle m ← A m + b reproduces: (1 - A) m = b.
 
-    dm solves the same system with dA m + db on the right. Shape (D + 1, 4, LANES).
+    Args:
+        last: ends of the cycle from each basis vector (columns of A) and from the constant (b).
+
+    Returns:
+        1 - A, shape (LANES, C, C) for C carried numbers, and m, shape (C, LANES).
     """
-    n = state.shape[0]
-    start = np.empty((n, 4, LANES))
-    right = np.empty((4, n - 1))
+    carried = last.shape[0] - 1
+    left = np.empty((LANES, carried, carried))
+    start = np.empty((carried, LANES))
     for lane in range(LANES):
-        left = np.eye(4) - state[0, :, :4, lane]
-        m = np.linalg.solve(left, np.ascontiguousarray(state[0, :, 4, lane]))
-        start[0, :, lane] = m
-        for d in range(1, n):
-            for i in range(4):
-                right[i, d - 1] = state[d, i, 4, lane]
-                for j in range(4):
-                    right[i, d - 1] += state[d, i, j, lane] * m[j]
-        if n > 1:
-            start[1:, :, lane] = np.linalg.solve(left, right).T
-    return start
+        left[lane] = np.eye(carried) - last[:carried, :carried, lane].T
+        b = np.ascontiguousarray(last[carried, :carried, lane])
+        start[:, lane] = np.linalg.solve(left[lane], b)
+    return left, start
 
 
 @numba.njit(cache=True, fastmath=_FAST)
-def combine(
+def write_signal(
     samples: Array, start: Array, out: NDArray[np.complex128], first: int, column: int
 ) -> None:
-    """Samples of the basis vectors at the periodic state: s = Φ m + b, ds = dΦ m + Φ dm + db."""
-    n_pulses, n = samples.shape[0], samples.shape[1]
+    """Signals of the periodic state from those of the basis vectors: s = Φ m + b."""
+    n_pulses, carried = samples.shape[0], start.shape[0]
     echo = np.empty((2, LANES))
-    for pulse in range(n_pulses):
-        for d in range(n):
-            for part in range(2):
+    for i in range(n_pulses):
+        for part in range(2):
+            for lane in range(LANES):
+                echo[part, lane] = samples[i, part, carried, lane]
+            for j in range(carried):
                 for lane in range(LANES):
-                    echo[part, lane] = samples[pulse, d, part, 4, lane]
-                for j in range(4):
+                    echo[part, lane] += samples[i, part, j, lane] * start[j, lane]
+        for lane in range(min(LANES, out.shape[0] - first)):
+            out[first + lane, 0, column + i] = complex(echo[0, lane], echo[1, lane])
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def write(
+    samples: Array,
+    tangents: Array,
+    slopes: Array,
+    scale: Array,
+    place: Integers,
+    out: NDArray[np.complex128],
+    first: int,
+    column: int,
+) -> None:
+    """Signal, and derivatives with what the initial state adds to them: ds + Φ dm."""
+    n_pulses, n_directions, carried = tangents.shape[0], slopes.shape[0], slopes.shape[1]
+    n_voxels = min(LANES, out.shape[0] - first)
+    echo = np.empty((_BLOCK, 2, LANES))
+    for begin in range(0, n_pulses, _BLOCK):
+        size = min(_BLOCK, n_pulses - begin)
+        for p in range(1 + n_directions):
+            for k in range(size):
+                for part in range(2):
                     for lane in range(LANES):
-                        echo[part, lane] += samples[pulse, d, part, j, lane] * start[0, j, lane]
-                    if d > 0:
+                        echo[k, part, lane] = tangents[begin + k, p, part, lane]
+                    if p > 0:
+                        for j in range(carried):
+                            for lane in range(LANES):
+                                echo[k, part, lane] += (
+                                    samples[begin + k, part, j, lane] * slopes[p - 1, j, lane]
+                                )
                         for lane in range(LANES):
-                            echo[part, lane] += (
-                                samples[pulse, 0, part, j, lane] * start[d, j, lane]
-                            )
-            for lane in range(min(LANES, out.shape[0] - first)):
-                out[first + lane, d, column + pulse] = complex(echo[0, lane], echo[1, lane])
+                            echo[k, part, lane] *= scale[p - 1, lane]
+            row = 0 if p == 0 else place[p - 1]
+            for lane in range(n_voxels):
+                for k in range(size):
+                    out[first + lane, row, column + begin + k] = complex(
+                        echo[k, 0, lane], echo[k, 1, lane]
+                    )

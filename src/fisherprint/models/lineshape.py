@@ -4,7 +4,8 @@ During a rectangular pulse the semi-solid pool follows the generalized Bloch equ
 model replaces it by a linear one whose rate R2sl ends the pulse with the same zs. The rate in
 units of 1/T2s depends on two numbers alone, R2sl T2s = f(TRF/T2s, B1·α). `exact_rates` solves for
 f, `rate_table` tabulates it, `rate` reads the table inside compiled kernels, `linearized_rate`
-everywhere else.
+everywhere else. Graham's saturation rate, of older work, has the same form and the same functions:
+`graham_table`, `graham`, `graham_rate`.
 
 Source: Assländer et al., Magn Reson Med 2022, doi:10.1002/mrm.29071.
 """
@@ -324,7 +325,7 @@ def _load(path: Path) -> Array | None:
     return np.ascontiguousarray(coefficients) if whole else None
 
 
-@numba.njit(cache=True)
+@numba.njit(forceinline=True)
 def rate(coefficients: Array, x: float, angle: float) -> tuple[float, float, float]:
     """f(x, a) = R2sl T2s of a `rate_table`, with ∂f/∂x and ∂f/∂a; compiled.
 
@@ -353,7 +354,45 @@ def rate(coefficients: Array, x: float, angle: float) -> tuple[float, float, flo
     return f, df_du / (_LOG_X_STEP * x), df_dv / _ANGLE_STEP
 
 
-@numba.njit(cache=True)
+@functools.cache
+def graham_table() -> Array:
+    """The table of g(x) for `graham`, a quintic B-spline on the cells of `rate_table` in log x.
+
+    Returns:
+        Coefficients, shape (1, cells + 5), read-only.
+    """
+    log_x, knots = _uniform_spline(_LOG_X_MIN, _LOG_X_MIN + _CELLS[0] * _LOG_X_STEP, _CELLS[0])
+    x = np.exp(log_x)
+    basis = BSpline.design_matrix(log_x, knots, _DEGREE).toarray()
+    coefficients = np.linalg.solve(basis, _series(x)[:, 0] / x)[None]
+    coefficients.setflags(write=False)
+    return coefficients
+
+
+@numba.njit(forceinline=True)
+def graham(coefficients: Array, x: float, angle: float) -> tuple[float, float, float]:
+    r"""f(x, a) = R_RF T2s of Graham's saturation rate, with ∂f/∂x and ∂f/∂a; compiled.
+
+        f = a² g(x),    g(x) = 1/x ∫₀¹ (1 − s) G(x s) ds
+
+    Trusts its arguments: kernels call `check_range` before their loops.
+
+    Args:
+        coefficients: of `graham_table`.
+        x: TRF/T2s.
+        angle: a = |B1·α| in rad.
+    """
+    u = (np.log(x) - _LOG_X_MIN) / _LOG_X_STEP
+    i = min(int(u), _CELLS[0] - 1)
+    weights, slopes = _basis(u - i)
+    g = dg_du = 0.0
+    for m in range(6):
+        g += weights[m] * coefficients[0, i + m]
+        dg_du += slopes[m] * coefficients[0, i + m]
+    return angle**2 * g, angle**2 * dg_du / (_LOG_X_STEP * x), 2 * angle * g
+
+
+@numba.njit(forceinline=True)
 def _basis(u: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The six quintic B-splines of a cell at u in [0, 1], and their derivatives.
 
@@ -376,13 +415,13 @@ def _basis(u: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return values, (-q0, q0 - q1, q1 - q2, q2 - q3, q3 - q4, q4)
 
 
-class LinearizedRate(NamedTuple):
-    """R2sl in 1/s with its derivatives.
+class SaturationRate(NamedTuple):
+    """R, which is R2sl or R_RF, in 1/s with its derivatives.
 
     Attributes:
-        value: R2sl in 1/s.
-        by_t2s: ∂R2sl/∂T2s in 1/s².
-        by_angle: ∂R2sl/∂(B1·α) in 1/s/rad.
+        value: R in 1/s.
+        by_t2s: ∂R/∂T2s in 1/s².
+        by_angle: ∂R/∂(B1·α) in 1/s/rad.
     """
 
     value: Array
@@ -390,7 +429,7 @@ class LinearizedRate(NamedTuple):
     by_angle: Array
 
 
-def linearized_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike) -> LinearizedRate:
+def linearized_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike) -> SaturationRate:
     """R2sl of rectangular pulses (§2.3): R2sl = f(TRF/T2s, B1·α)/T2s, and its derivatives.
 
     The value is good to 1e-7. The errors of the derivatives, T2s ∂R2sl/∂T2s and ∂R2sl/∂(B1·α),
@@ -405,6 +444,41 @@ def linearized_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike)
         NoLinearizedRateError: B1·α above `MAX_ANGLE`.
         ValueError: TRF/T2s outside of `X_RANGE`, or values that are not finite.
     """
+    x, a, t2 = _arguments(pulse_duration, angle, t2s)
+    if x.size:
+        check_range(x.min(), x.max(), np.abs(a).max())
+    return _in_seconds(_rates(rate_table(), x.ravel(), np.abs(a).ravel()), x, a, t2)
+
+
+def graham_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike) -> SaturationRate:
+    r"""R_RF of rectangular pulses on resonance by Graham's spectral model, and its derivatives.
+
+        R_RF = ω1²/TRF ∫₀^TRF (TRF − u) G(u/T2s) du
+
+    The lineshape, averaged with the power spectrum of the pulse and written in time; during the
+    pulse dzs/dt = −R_RF zs. It is the generalized Bloch equation to first order in α² and good
+    for pulses that are long and weak; for TRF ≪ T2s it gives zs = exp(−α²/2) instead of cos α.
+    Sources: Graham & Henkelman, J Magn Reson Imaging 1997, doi:10.1002/jmri.1880070520;
+    Assländer et al., doi:10.1002/mrm.29071. Good to 1e-9.
+
+    Args:
+        pulse_duration: TRF in s.
+        angle: B1·α in rad.
+        t2s: T2s in s; all three broadcast.
+
+    Raises:
+        ValueError: TRF/T2s outside of `X_RANGE`, or values that are not finite.
+    """
+    x, a, t2 = _arguments(pulse_duration, angle, t2s)
+    if x.size:
+        check_range(x.min(), x.max(), 0.0)
+    return _in_seconds(_graham(graham_table(), x.ravel(), np.abs(a).ravel()), x, a, t2)
+
+
+def _arguments(
+    pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike
+) -> tuple[Array, Array, Array]:
+    """TRF/T2s, angles and T2s of one shape, checked."""
     duration, a, t2 = np.broadcast_arrays(
         *(
             np.asarray(_checks.finite(name, values), dtype=np.float64)
@@ -419,11 +493,13 @@ def linearized_rate(pulse_duration: ArrayLike, angle: ArrayLike, t2s: ArrayLike)
         raise ValueError(
             f"T2s must be positive, in s; got {t2.min():g}. Check the arguments' order."
         )
-    x, a_abs = duration / t2, np.abs(a)
-    if x.size:
-        check_range(x.min(), x.max(), a_abs.max())
-    f, df_dx, df_da = _rates(rate_table(), x.ravel(), a_abs.ravel()).reshape(3, *x.shape)
-    return LinearizedRate(f / t2, -(f + x * df_dx) / t2**2, np.sign(a) * df_da / t2)
+    return duration / t2, a, t2
+
+
+def _in_seconds(rates: Array, x: Array, angle: Array, t2s: Array) -> SaturationRate:
+    """R = f/T2s and its derivatives from f, ∂f/∂x and ∂f/∂a."""
+    f, df_dx, df_da = rates.reshape(3, *x.shape)
+    return SaturationRate(f / t2s, -(f + x * df_dx) / t2s**2, np.sign(angle) * df_da / t2s)
 
 
 def check_range(x_min: float, x_max: float, max_angle: float) -> None:
@@ -452,4 +528,13 @@ def _rates(coefficients: Array, x: Array, angle: Array) -> Array:
     result = np.empty((3, x.size))
     for i in range(x.size):
         result[0, i], result[1, i], result[2, i] = rate(coefficients, x[i], angle[i])
+    return result
+
+
+@numba.njit(cache=True)
+def _graham(coefficients: Array, x: Array, angle: Array) -> Array:
+    """`graham` for many pulses, shape (3, pulses)."""
+    result = np.empty((3, x.size))
+    for i in range(x.size):
+        result[0, i], result[1, i], result[2, i] = graham(coefficients, x[i], angle[i])
     return result

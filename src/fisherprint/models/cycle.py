@@ -1,0 +1,136 @@
+"""Pulse trains played for many parameter sets at once: groups of lanes over the cores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherprint import _threads
+from fisherprint.models import generalized_bloch, kernels, lineshape
+from fisherprint.sequence import PulseTrain
+
+Saturation = Literal["linearized", "graham", "generalized Bloch"]
+
+Array = NDArray[np.float64]
+Signals = NDArray[np.complex128]
+
+_KINDS = {None: kernels.SINGLE, "linearized": kernels.LINEARIZED, "graham": kernels.GRAHAM}
+
+_log = logging.getLogger("fisherprint")
+
+
+def compiled() -> bool:
+    """Whether the kernels are compiled, in this process or on the disk."""
+    if kernels.train_signal.signatures:
+        return True
+    source = Path(kernels.__file__)
+    kept = Path(str(kernels.train_signal.stats.cache_path)).glob("kernels.train_signal-*.nbi")
+    return any(index.stat().st_mtime >= source.stat().st_mtime for index in kept)
+
+
+def signals(
+    train: PulseTrain,
+    tissue: Array,
+    saturation: Saturation | None,
+    by: Sequence[str] = (),
+    scale: Array | None = None,
+) -> Signals:
+    """Periodic signals of all trains, M0 = 1, and their derivatives.
+
+    Args:
+        train: the pulse trains.
+        tissue: `kernels.PHYSICAL` of each parameter set, shape (8, S).
+        saturation: of the semi-solid pool; None for a single pool.
+        by: the D physical parameters to differentiate by, of `kernels.BY`, in the wanted order;
+            R1f without R1s stands for both at once. For a single pool R2f, B0, B1 and R1f.
+        scale: what multiplies each derivative, shape (D, S).
+
+    Returns:
+        Shape (S, 1 + D, T), the signal first.
+    """
+    if saturation == "generalized Bloch":
+        return _by_integration(train, tissue, by, scale)
+    if not compiled():
+        # The default handler writes warnings to the standard error.
+        _log.warning("compiling the signal model, once after installation (about 20 seconds)")
+    kind = _KINDS[saturation]
+    table = lineshape.graham_table() if kind == kernels.GRAHAM else lineshape.rate_table()
+    size, n_pulses = tissue.shape[1], train.flip_angle.shape[1]
+    # The kernel's rows of derivatives, and where each goes.
+    rows = kernels.BY[: len(by)]
+    place = np.array([1 + by.index(name) for name in rows], dtype=np.int64)
+    factors = np.ones((len(by), size)) if scale is None else scale
+    factors = factors[place - 1]
+    phase = (float(np.cos(train.phase_increment)), float(np.sin(train.phase_increment)))
+    free_time = (train.repetition_time - train.pulse_duration) / 2
+    # The crushers of the inversion fill what is left of the repetition time.
+    free_time[:, 0] = train.repetition_time / 2
+    times = [np.unique(row, return_inverse=True) for row in free_time]
+    result = np.empty((size, 1 + len(by), train.n_samples), dtype=np.complex128)
+
+    def group(first: int) -> None:
+        # A last group that is not full repeats its last member.
+        members = np.minimum(np.arange(first, first + kernels.LANES), size - 1)
+        for number, (angle, duration) in enumerate(
+            zip(train.flip_angle, train.pulse_duration, strict=True)
+        ):
+            kernels.train_signal(
+                np.ascontiguousarray(tissue[:, members]),
+                kind,
+                train.inversion == "crushed",
+                angle,
+                duration,
+                *times[number],
+                phase,
+                table,
+                np.ascontiguousarray(factors[:, members]),
+                place,
+                result,
+                first,
+                number * n_pulses,
+            )
+
+    groups = range(0, size, kernels.LANES)
+    # The kernel releases the interpreter's lock, so threads run at once.
+    if _threads.usable() == 1 or len(groups) == 1:
+        for first in groups:
+            group(first)
+    else:
+        with ThreadPoolExecutor(_threads.usable()) as pool:
+            list(pool.map(group, groups))
+    return result
+
+
+def _by_integration(
+    train: PulseTrain, tissue: Array, by: Sequence[str], scale: Array | None
+) -> Signals:
+    """The same by the full generalized Bloch equation, slowly."""
+    both = "R1f" in by and "R1s" not in by
+    directions = (*by, "R1s") if both else tuple(by)
+    result = np.concatenate(
+        [
+            generalized_bloch.train_signal(
+                tissue,
+                directions,
+                angle,
+                duration,
+                train.repetition_time,
+                train.inversion == "crushed",
+                train.phase_increment,
+            )
+            for angle, duration in zip(train.flip_angle, train.pulse_duration, strict=True)
+        ],
+        axis=-1,
+    )
+    if both:
+        result[:, 1 + directions.index("R1f")] += result[:, -1]
+        result = result[:, :-1]
+    if scale is not None:
+        result[:, 1:] *= scale.T[:, :, None]
+    return result
