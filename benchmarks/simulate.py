@@ -1,10 +1,13 @@
-"""Time of a fingerprint with all derivatives and bounds, beside the slow oracle, in one run.
+"""Time of a fingerprint with derivatives and bounds, beside a peer, an oracle and the hardware.
 
     python benchmarks/simulate.py [TRAIN.mat]
 
-Medians over repeats. Without a file, the bundled train (1142 pulses).
+One process, medians over repeats, all in turns so that a busy neighbour slows all alike. Without a
+file, the bundled train (1142 pulses). The peer is `blochsim` (MIT): instantaneous pulses, a single
+pool from equilibrium, derivatives by T1, T2, B1 and B0 in forward mode, single-precision signals.
 """
 
+import argparse
 import os
 import platform
 import sys
@@ -13,67 +16,148 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
+from blochsim.simulators import TrueFISPSimulator
 
 import fisherprint as fp
-from fisherprint import fisher, sequence
-from fisherprint.models import lineshape
+from fisherprint import fisher, models, sequence
+from fisherprint.models import kernels, lineshape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracles
 
-SIZE, REPEATS = 256, 7
+SIZE, REPEATS = 1024, 7
+PEER_SIZES = (64, 256, 1024, 4096)
+MATRIX = 2048
 
 
-def median_ms(work: Callable[[], object], sets: int) -> float:
-    """Median wall time of a call in ms for one parameter set."""
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return 1e3 * float(np.median(times)) / sets
-
-
-def main() -> None:
-    """Measure and print the table."""
-    train = (
-        fp.PulseTrain.read(sys.argv[1], repetition_time=3.5e-3)
-        if len(sys.argv) > 1
-        else sequence.bundled()
-    )
-    model = fp.TwoPool(train)
-    prior = fp.parameters.paper_prior(model.names, repetition_time=train.repetition_time)
-    theta = prior.sample(SIZE, rng=np.random.default_rng(0))
-    out = model.simulate(theta)  # compiles
-    basis = fp.subspace.fit(model.signal(theta), rank=13)
-
-    def bounds() -> None:
+def bounds(model: fp.TwoPool, theta: np.ndarray, basis: fp.Basis) -> None:
+    """Signal and derivatives, then both bounds, in batches as `simulate` has them."""
+    for first in range(0, len(theta), 128):
+        out = model.simulate(theta[first : first + 128])
         for s, ds in (
             (out.signal, out.jacobian),
             (basis.compress(out.signal), basis.compress(out.jacobian)),
         ):
             fisher.bounds(fisher.information(s, ds, noise_std=1.0))
 
-    θ = dict(zip(model.names, theta[0], strict=True))
+
+def multiply_adds(model: fp.TwoPool, theta: np.ndarray) -> float:
+    """Multiply-adds that signal and 7 derivatives of one parameter set ask for.
+
+    Counted are the series of the pulses, free precession and the combination of both passes:
+    what is done to each vector of magnetization.
+    """
+    tissue, train = model._tissue(theta), model.train
+    total = 0.0
+    for first in range(0, len(theta), kernels.LANES):
+        group = np.ascontiguousarray(tissue[:, first : first + kernels.LANES])
+        for angle, duration in zip(train.flip_angle[0], train.pulse_duration[0], strict=True):
+            rates = np.zeros((3, kernels.LANES))
+            kernels.saturate(
+                group, kernels.LINEARIZED, angle, duration, lineshape.rate_table(), rates
+            )
+            steps, order, _ = kernels.series(group, rates, duration, angle)
+            # 18 a vector and term, 5 and 8 vectors, 26 of the sources; 12 a vector and half of
+            # the free precession, 28 of its sources; 4 x 2 a derivative to combine the passes.
+            total += steps * order * (13 * 18 + 26) + 2 * (13 * 12 + 28) + 7 * 8
+    return total * kernels.LANES / len(theta)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("train", nargs="?", help="pulse train with TR 3.5 ms")
+    path = parser.parse_args().train
+    train = (
+        sequence.bundled() if path is None else fp.PulseTrain.read(path, repetition_time=3.5e-3)
+    )
+    model, single = fp.TwoPool(train), models.SinglePool(train)
+    prior = fp.parameters.paper_prior(model.names, repetition_time=train.repetition_time)
+    theta = prior.sample(SIZE, rng=np.random.default_rng(0))
+    column = {name: theta[:, model.index(name)] for name in model.names}
+    free = np.column_stack([column[name] for name in ("T1", "T2f", "B0", "B1")])
+    basis = fp.subspace.fit(model.signal(theta), rank=13)
+    single.simulate(free[:1])
+
+    θ = {name: float(values[0]) for name, values in column.items()}
     angle, duration = train.flip_angle[0], train.pulse_duration[0]
     tissue = {name: θ[name] for name in ("m0s", "Rx", "T2s", "B0", "B1")}
     tissue |= {"R1f": 1 / θ["T1"], "R1s": 1 / θ["T1"], "R2f": 1 / θ["T2f"]}
     r2sl = lineshape.linearized_rate(duration, θ["B1"] * angle, θ["T2s"]).value
 
-    def oracle() -> None:
-        oracles.two_pool_signal(tissue, angle, duration, train.repetition_time, r2sl=r2sl)
+    peer = TrueFISPSimulator(
+        flip=np.degrees(angle[1:]),
+        TR=1e3 * train.repetition_time,
+        nshots=angle.size - 1,
+        pulse_duration=0,
+        half_alpha=False,
+        inversion="ideal",
+    )
 
-    ours = median_ms(lambda: model.simulate(theta), SIZE)
-    rows = [
-        ("signal and 7 derivatives", ours),
-        ("signal alone", median_ms(lambda: model.signal(theta), SIZE)),
-        ("bounds of signal and of 13 coefficients", median_ms(bounds, SIZE)),
-        ("oracle, signal alone (scipy exponentials)", median_ms(oracle, 1)),
-    ]
+    def peer_tissue(size: int) -> dict[str, torch.Tensor]:
+        values = np.resize(free, (size, 4)).T
+        # Its units are ms and Hz.
+        scaled = (1e3 * values[0], 1e3 * values[1], values[2] / (2 * np.pi), values[3])
+        return dict(zip(("T1", "T2", "B0", "B1"), map(torch.from_numpy, scaled), strict=True))
+
+    by = ("T1", "T2", "B1", "B0")
+    square = np.random.default_rng(1).standard_normal((MATRIX, MATRIX))
+    # What is timed, and the number of parameter sets in it.
+    work: dict[str, tuple[Callable[[], object], float]] = {
+        "two pools: signal and 7 derivatives": (lambda: model.simulate(theta), SIZE),
+        "the same with bounds of signal and of 13 coefficients": (
+            lambda: bounds(model, theta, basis),
+            SIZE,
+        ),
+        "two pools: signal alone": (lambda: model.signal(theta), SIZE),
+        "single pool: signal and 4 derivatives": (lambda: single.simulate(free), SIZE),
+        "single pool: signal alone": (lambda: single.signal(free), SIZE),
+    }
+    for size in PEER_SIZES:
+        values = peer_tissue(size)
+        work[f"blochsim, single pool: signal and 4 derivatives, batch of {size}"] = (
+            lambda values=values: peer.jacobian(by, **values),
+            size,
+        )
+        work[f"blochsim, single pool: signal alone, batch of {size}"] = (
+            lambda values=values: peer.simulate(**values),
+            size,
+        )
+    work["oracle, two pools: signal alone (scipy exponentials)"] = (
+        lambda: oracles.two_pool_signal(tissue, angle, duration, train.repetition_time, r2sl=r2sl),
+        1,
+    )
+    # A matrix product runs at the rate of the hardware, nearly.
+    work["hardware: 10⁹ multiply-adds"] = (lambda: square @ square, MATRIX**3 / 1e9)
+
+    times: dict[str, list[float]] = {label: [] for label in work}
+    for repeat in range(1 + REPEATS):
+        for label, (call, sets) in work.items():
+            began = time.perf_counter()
+            call()
+            if repeat > 0:  # the first is a warm-up
+                times[label].append(1e3 * (time.perf_counter() - began) / sets)
+        print(f"repeat {repeat} of {REPEATS}", file=sys.stderr)
+    ms = {label: float(np.median(values)) for label, values in times.items()}
+
+    ours = ms["two pools: signal and 7 derivatives"]
+    peers = [value for label, value in ms.items() if "blochsim" in label and "4 der" in label]
     print(f"{platform.machine()}, {os.cpu_count()} cores, {train.n_samples} pulses, {SIZE} sets")
-    print(f"{'per parameter set':45}{'ms':>10}{'ratio':>10}")
-    for label, value in rows:
-        print(f"{label:45}{value:10.3f}{value / ours:10.2f}")
+    print("| per parameter set | ms | ratio |")
+    print("|---|---|---|")
+    for label, value in ms.items():
+        print(f"| {label} | {value:.4g} | {value / ours:.3g} |")
+    oracle = ms["oracle, two pools: signal alone (scipy exponentials)"]
+    alone = ms["two pools: signal alone"]
+    rate = 1e3 / ms["hardware: 10⁹ multiply-adds"]
+    used = multiply_adds(model, theta[: 8 * kernels.LANES]) / (1e6 * ours)
+    print()
+    print(f"ours (7 derivatives, two pools) / best blochsim (4, one): {ours / min(peers):.2f}")
+    print(f"oracle / ours, both signal alone: {oracle / alone:.0f}")
+    print(f"oracle (signal alone) / ours with 7 derivatives: {oracle / ours:.0f}")
+    print(f"multiply-adds: hardware {rate:.1f}e9/s (float64), ours {used:.1f}e9/s, ", end="")
+    print(f"{100 * used / rate:.0f} %")
 
 
 if __name__ == "__main__":
