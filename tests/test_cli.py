@@ -206,8 +206,10 @@ def test_the_data_set_holds_what_the_network_is_made_from(finished: tuple[Path, 
         d = np.sqrt(np.diagonal(F, axis1=1, axis2=2))
         scaled = np.linalg.inv(F / d[:, :, None] / d[:, None, :])
         expected = (np.diagonal(scaled, axis1=1, axis2=2) / d**2)[:, 2:]
-        # Rank 6 barely determines 9 unknowns: inverses agree to the condition (1e9) times 1e-16.
-        np.testing.assert_allclose(test[name], expected, rtol=1e-5)
+        # Rank 6 barely determines 9 unknowns: inverses agree to 1e-16 times the condition, 1e9 in
+        # the middle and below 1e13 (where a direction counts as lost) always.
+        np.testing.assert_allclose(test[name], expected, rtol=1e-3)
+        assert np.median(np.abs(test[name] / expected - 1)) < 1e-6
 
 
 def test_the_card_says_what_the_network_is(finished: tuple[Path, Path]) -> None:
@@ -452,7 +454,9 @@ def test_an_error_in_any_stage_leaves_the_run_resumable(
     experiment, run = write_experiment(tmp_path, TINY + section), tmp_path / "run"
     network = {"network/checkpoint.safetensors", "network/log.jsonl"}
     for writer, calls, there in (
-        ("write_dataset", 1, set()),
+        ("write_basis", 1, set()),
+        ("write_shard", 2, set()),
+        ("assemble_dataset", 1, set()),
         ("write_checkpoint", 2, {"dataset.h5", *network}),
         ("save_network", 1, {"dataset.h5", *network}),
         ("write_audit", 1, {"dataset.h5", *network, "network/card.json"}),

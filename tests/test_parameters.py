@@ -134,14 +134,23 @@ def test_same_seed_same_draws():
     assert not np.isin(first, other).any()
 
 
+def test_t2_of_a_single_pool_is_drawn_like_t2f():
+    two, one = (
+        paper_prior(("T1", name), repetition_time=TR).sample(100, rng=np.random.default_rng(1))
+        for name in ("T2f", "T2")
+    )
+    np.testing.assert_array_equal(one, two)
+    assert (one[:, 1] <= one[:, 0]).all()
+
+
 def test_no_draws():
     prior = paper_prior(("m0s", "T1"), repetition_time=TR)
     assert prior.sample(0, rng=np.random.default_rng(0)).shape == (0, 2)
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(KeyError, match="unknown parameter 'T2'; known are m0s, T1, T1f, T1s, T2f"):
-        paper_prior(("m0s", "T2"), repetition_time=TR)
+    with pytest.raises(KeyError, match="unknown parameter 'T3'; known are m0s, T1, T1f, T1s, T2f"):
+        paper_prior(("m0s", "T3"), repetition_time=TR)
     with pytest.raises(KeyError, match="unknown parameter 'c'; known are a, b"):
         Prior({"a": Uniform(0, 1), "b": Uniform(0, 1)}, [("a", "c")])
 

@@ -6,10 +6,12 @@ The one place below `files` that touches the disk; pulse trains and the cached r
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
 import os
+import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -69,6 +71,25 @@ def new_hdf5(path: Path) -> Iterator[h5py.File]:
         yield file
     with replacing(path) as temporary:
         temporary.write_bytes(memory.getbuffer())
+
+
+@contextlib.contextmanager
+def large_hdf5(path: Path, size: int) -> Iterator[h5py.File]:
+    """The same for a file of about `size` bytes that may not fit into memory, built on the disk.
+
+    Raises:
+        OSError: not enough room for it; so that the HDF5 library does not meet a full disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(path.parent).free
+    if room < 1.05 * size + 1e6:
+        raise OSError(
+            errno.ENOSPC,
+            f"expected {size / 1e6:.0f} MB of room for {path}; the disk has {room / 1e6:.0f} MB "
+            "left. Make room and repeat the command; what is finished is kept",
+        )
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        yield file
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -7,17 +7,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 _alone: ContextVar[bool] = ContextVar("alone", default=True)
 
-# The limit of linear algebra is one for the whole process, so overlapping blocks share it: the
-# first sets it, the last restores it.
+# The limit of linear algebra is one for the whole process, so overlapping blocks share it. Only
+# the thread that set it can lift it, hence a thread that does nothing but hold it.
 _lock = threading.Lock()
 _inside = 0
-_limits: Any = None
+_release = threading.Event()
+_holder = threading.Thread()
 
 
 def usable() -> int:
@@ -37,10 +37,13 @@ def one_thread() -> Iterator[None]:
     Several workers then fill the cores without getting in each other's way, and sums are rounded
     in one order, whatever the number of cores.
     """
-    global _inside, _limits
+    global _inside, _release, _holder
     with _lock:
         if _inside == 0:
-            _limits = threadpool_limits(1)
+            held, _release = threading.Event(), threading.Event()
+            _holder = threading.Thread(target=_hold, args=(held, _release), daemon=True)
+            _holder.start()
+            held.wait()
         _inside += 1
     token = _alone.set(False)
     try:
@@ -50,4 +53,14 @@ def one_thread() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                _limits.restore_original_limits()
+                _release.set()
+                _holder.join()
+
+
+def _hold(held: threading.Event, release: threading.Event) -> None:
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            held.set()
+            release.wait()
+    finally:
+        held.set()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +25,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
+if TYPE_CHECKING:
+    from fisherprint.experiment import Experiment
+
+# Of this process, nearly: loading the libraries takes seconds.
+_BEGAN = time.monotonic()
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -39,6 +45,11 @@ _ExperimentFile = Annotated[Path, typer.Argument(metavar="EXPERIMENT.toml")]
 _Data = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Folder of the files that the experiment names."),
+]
+_Workers = Annotated[int | None, typer.Option(metavar="N", help="Local threads; else all cores.")]
+_Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler."),
 ]
 _Force = Annotated[bool, typer.Option("--force", help="Replace earlier results.")]
 
@@ -109,18 +120,35 @@ def _main(
 
 @app.command()
 def simulate(
-    experiment: _ExperimentFile, output: _Out, data: _Data = None, force: _Force = False
+    experiment: _ExperimentFile,
+    output: _Out,
+    data: _Data = None,
+    workers: _Workers = None,
+    scheduler: _Scheduler = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
+    force: _Force = False,
 ) -> None:
-    """Simulate the data set of an experiment: coefficients and bounds.
+    """Simulate a data set: coefficients and bounds. Killed and repeated, it goes on.
 
     Example: fisherprint simulate experiments/bundled.toml -o runs/bundled
     """
     from fisherprint import experiment as stages
 
-    run = stages.start(stages.read(experiment, data=data), output, force=force)
+    wanted = stages.read(experiment, data=data)
+    if dry_run:
+        with stages.workers(workers, scheduler) as pool:
+            lines = stages.forecast_run(
+                stages.Run(output, wanted),
+                executor=pool.executor,
+                n_workers=pool.number,
+                start=time.monotonic() - _BEGAN,
+            )
+            typer.echo("\n".join(lines))
+        return
+    run = stages.start(wanted, output, force=force)
     stages.require_absent(run.dataset)
-    with _display() as display:
-        stages.simulate_run(run, progress=display.progress)
+    with stages.workers(workers, scheduler) as pool, _display() as display:
+        stages.simulate_run(run, executor=pool.executor, progress=display.progress)
         display.say(f"data set: {run.dataset}")
 
 
@@ -224,13 +252,20 @@ def report(run: _Run) -> None:
 
 @app.command(name="run")
 def run_(
-    experiment: _ExperimentFile, output: _Out, data: _Data = None, force: _Force = False
+    experiment: _ExperimentFile,
+    output: _Out,
+    data: _Data = None,
+    workers: _Workers = None,
+    scheduler: _Scheduler = None,
+    force: _Force = False,
 ) -> None:
     """All stages of an experiment, skipping those already done.
 
     Example: fisherprint run experiments/invivo.toml -o runs/invivo
     """
-    _run_all(experiment, output, data, force)
+    from fisherprint import experiment as stages
+
+    _run_all(stages.read(experiment, data=data), output, force, workers, scheduler)
 
 
 @app.command()
@@ -239,16 +274,26 @@ def demo(output: _Out = Path("runs/demo"), force: _Force = False) -> None:
 
     Example: fisherprint demo -o runs/demo
     """
-    _run_all(None, output, None, force)
+    from fisherprint import experiment as stages
+
+    _run_all(stages.read(None), output, force)
 
 
-def _run_all(experiment: Path | None, output: Path, data: Path | None, force: bool) -> None:
+def _run_all(
+    wanted: Experiment,
+    output: Path,
+    force: bool,
+    workers: int | None = None,
+    scheduler: str | None = None,
+) -> None:
     from fisherprint import experiment as stages
 
     began = time.monotonic()
-    run = stages.start(stages.read(experiment, data=data), output, force=force)
-    with _display() as display:
-        page = stages.run_all(run, say=display.say, progress=display.progress)
+    run = stages.start(wanted, output, force=force)
+    with stages.workers(workers, scheduler) as pool, _display() as display:
+        page = stages.run_all(
+            run, executor=pool.executor, say=display.say, progress=display.progress
+        )
         display.say(f"finished in {(time.monotonic() - began) / 60:.1f} minutes")
         display.say(f"report: {page.resolve()}")
 
@@ -280,3 +325,7 @@ def _leave_interrupted() -> NoReturn:
     # Leave at once: threads of compiled code may still be busy.
     sys.stderr.flush()
     os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

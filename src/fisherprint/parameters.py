@@ -164,7 +164,8 @@ def paper_prior(names: Sequence[str], *, repetition_time: float) -> Prior:
     """The paper's prior (§2.4) with the gaps closed as docs/decisions/002-priors.md says.
 
     Args:
-        names: parameters of the two-pool model, with `T1`, or with `T1f` and `T1s`.
+        names: parameters of the two-pool model, with `T1`, or with `T1f` and `T1s`; or of the
+            single pool, whose T2 has the prior of T2f.
         repetition_time: TR in s; B0 is uniform in ±π/TR, one period of the signal.
 
     Raises:
@@ -181,8 +182,10 @@ def paper_prior(names: Sequence[str], *, repetition_time: float) -> Prior:
         "B0": Uniform(-np.pi / repetition_time, np.pi / repetition_time),
         "B1": TruncatedNormal(1.0, 0.3, low=0.3, high=1.4),
     }
+    known["T2"] = known["T2f"]
     for name in names:
         _checks.index(name, tuple(known))
     longitudinal = "T1f" if "T1f" in names else "T1"
-    ordered = (("T2f", longitudinal),) if {"T2f", longitudinal} <= set(names) else ()
+    transverse = "T2" if "T2" in names else "T2f"
+    ordered = ((transverse, longitudinal),) if {transverse, longitudinal} <= set(names) else ()
     return Prior({name: known[name] for name in names}, ordered)

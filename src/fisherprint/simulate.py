@@ -1,24 +1,51 @@
-"""A model and a prior give a data set: coefficients and both bounds, batch by batch (§2.4)."""
+"""A model and a prior give a data set: coefficients and both bounds, shard by shard (§2.4).
+
+A shard is a fixed number of fingerprints with a seed of its own, simulated by one worker with one
+thread. So the data set depends neither on the number of workers nor on their order, bit for bit,
+and what is finished can be kept. Who the workers are, an Executor decides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import _checks, fisher
+from fisherprint import _checks, _threads, fisher
 from fisherprint.models import SignalModel
 from fisherprint.parameters import Prior
 from fisherprint.subspace import Basis, fit
 
-# Largest Jacobian held at once, in bytes; several arrays of that size exist for a moment.
-_BATCH_BYTES = 64e6
-# Batches are whole groups of the compiled kernel's lanes on a few cores.
-_BATCH_MULTIPLE = 64
-
 SPLITS = ("training", "validation", "test")
+
+SHARD = 1024
+"""Fingerprints of a shard; the last one of a split has fewer."""
+
+MOST_FOR_BASIS = 131_072
+"""Training fingerprints that the SVD of a basis takes at most; more would not turn its vectors."""
+
+# Largest Jacobian held at once, in bytes; several arrays of that size exist for a moment.
+_BATCH_BYTES = 24e6
+# Batches are whole groups of the compiled kernel's lanes.
+_BATCH_MULTIPLE = 64
+# Tasks that are submitted before their turn, and what their results may take in memory. The
+# signals for a basis are large, a reduced shard is not.
+_AHEAD = 64
+_AHEAD_BYTES = 160e6
+
+Progress = Callable[[str, int, int], None]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,113 +82,405 @@ class DataSet:
     energy: float
 
 
-def dataset(
-    model: SignalModel,
-    prior: Prior,
-    sizes: dict[str, int],
-    *,
-    basis: Basis | int,
-    seed: int,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> DataSet:
-    """Draw parameter sets, simulate them, and reduce each batch at once (§2.4).
+@dataclass(frozen=True)
+class Shard:
+    """A part of a split.
 
-    Without a given basis the training signals are simulated twice: first alone, for the SVD,
-    then with their derivatives. Jacobians exist for one batch at a time.
+    Attributes:
+        split: of `SPLITS`.
+        number: of the shard in its split, from 0.
+        size: fingerprints in it.
+    """
 
-    Args:
+    split: str
+    number: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A shard and what became of it.
+
+    Attributes:
+        shard: which one.
+        reduced: its fingerprints.
+        energy: of its signals, Σ |s|².
+    """
+
+    shard: Shard
+    reduced: Reduced
+    energy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """All that decides a data set but its basis.
+
+    Attributes:
         model: the signal model; the prior must name its parameters in its order.
         prior: where the parameters are drawn from.
         sizes: number of samples of each split, of `SPLITS`.
-        basis: a basis, or the rank of an SVD basis of the training signals.
-        seed: of all draws; each split has a stream of its own.
-        progress: called with what is done, how many of them, and of how many.
+        seed: of all draws; each shard has a stream of its own.
 
     Raises:
         ValueError: the prior's parameters are not the model's, or a size below 1.
         KeyError: a size of an unknown split.
-        SingularInformationError: a parameter that no sample determines.
     """
-    if prior.names != model.names:
-        raise ValueError(
-            f"expected a prior for {model.names}, in this order; got {prior.names}. "
-            "Give its distributions in the model's order."
-        )
-    for split in sizes:
-        _checks.index(split, SPLITS, what="split")
-    for split in SPLITS:
-        if sizes.get(split, 0) < 1:
+
+    model: SignalModel
+    prior: Prior
+    sizes: Mapping[str, int]
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.prior.names != self.model.names:
             raise ValueError(
-                f"expected at least 1 {split} sample; got {sizes.get(split)}. "
-                f"Give the sizes of {_checks.listing(SPLITS)}."
+                f"expected a prior for {self.model.names}, in this order; got "
+                f"{self.prior.names}. Give its distributions in the model's order."
             )
-    streams = np.random.default_rng(seed).spawn(len(SPLITS))
-    theta = {
-        split: prior.sample(sizes[split], rng=rng)
-        for split, rng in zip(SPLITS, streams, strict=True)
-    }
-    if not isinstance(basis, Basis):
-        basis = fit(_signals(model, theta["training"], progress), rank=basis)
-    elif len(basis.vectors) != model.n_samples:
-        raise ValueError(
-            f"expected a basis of {model.n_samples} time points, as the train has; got "
-            f"{len(basis.vectors)}. Do the basis and the train belong together?"
+        for split in self.sizes:
+            _checks.index(split, SPLITS, what="split")
+        for split in SPLITS:
+            if self.sizes.get(split, 0) < 1:
+                raise ValueError(
+                    f"expected at least 1 {split} sample; got {self.sizes.get(split)}. "
+                    f"Give the sizes of {_checks.listing(SPLITS)}."
+                )
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The parts of a split, in order."""
+        size = self.sizes[split]
+        return tuple(
+            Shard(split, number, min(SHARD, size - first))
+            for number, first in enumerate(range(0, size, SHARD))
         )
-    reduced = {
-        split: reduce(model, theta[split], basis, f"fingerprints for {split}", progress)
-        for split in SPLITS
-    }
-    # Both are energies of the same signals: in the subspace, and in all.
-    training, held = reduced["training"]
-    return DataSet(
-        names=model.names,
-        basis=basis,
-        samples={split: samples for split, (samples, _) in reduced.items()},
-        energy=float(np.linalg.norm(training.coefficients) ** 2 / held),
-    )
+
+    def theta(self, shard: Shard) -> NDArray[np.float64]:
+        """The parameter sets of a shard, shape (size, P)."""
+        stream = np.random.SeedSequence(
+            self.seed, spawn_key=(SPLITS.index(shard.split), shard.number)
+        )
+        return self.prior.sample(shard.size, rng=np.random.default_rng(stream))
+
+    def require_basis(self, basis: Basis) -> Basis:
+        """The basis, if it has the model's time points.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if len(basis.vectors) != self.model.n_samples:
+            raise ValueError(
+                f"expected a basis of {self.model.n_samples} time points, as the train has; got "
+                f"{len(basis.vectors)}. Do the basis and the train belong together?"
+            )
+        return basis
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def dataset(
+    model: SignalModel,
+    prior: Prior,
+    sizes: Mapping[str, int],
+    *,
+    basis: Basis | int,
+    seed: int,
+    executor: Executor | None = None,
+    progress: Progress = _silent,
+) -> DataSet:
+    """Draw parameter sets, simulate them, and reduce each batch at once (§2.4).
+
+    Without a given basis the training signals are simulated twice: first alone, for the SVD,
+    then with their derivatives. Jacobians exist for one batch of each worker at a time.
+
+    Args:
+        model: as for `Simulation`.
+        prior: likewise.
+        sizes: likewise.
+        seed: likewise.
+        basis: a basis, or the rank of an SVD basis of the training signals.
+        executor: who computes; threads on all cores of this process if None. The result is the
+            same, bit for bit, on processors of one kind.
+        progress: called with what is done, how many of them, and of how many.
+
+    Raises:
+        ValueError, KeyError: as for `Simulation`; or a basis of other time points.
+        SingularInformationError: a parameter that no sample of a split determines.
+    """
+    simulation = Simulation(model, prior, sizes, seed)
+    with workers(executor) as pool:
+        if isinstance(basis, Basis):
+            simulation.require_basis(basis)
+        else:
+            basis = fit_basis(simulation, basis, executor=pool, progress=progress)
+        every = [shard for split in SPLITS for shard in simulation.shards(split)]
+        finished = {part.shard: part for part in reduce(simulation, basis, every, pool, progress)}
+    samples = {}
+    for split in SPLITS:
+        parts = [finished[shard].reduced for shard in simulation.shards(split)]
+        require_determined(simulation, basis, split, map(finite, parts))
+        samples[split] = Reduced(
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("theta", "coefficients", "crb_signal", "crb_coefficients")
+            )
+        )
+    training = [finished[shard] for shard in simulation.shards("training")]
+    held = sum(total_energy(part.reduced.coefficients) for part in training)
+    return DataSet(model.names, basis, samples, held / sum(part.energy for part in training))
+
+
+@contextmanager
+def workers(executor: Executor | None) -> Iterator[Executor]:
+    """The executor, or threads on all cores of this process for the length of the block."""
+    if executor is not None:
+        yield executor
+    else:
+        # Kernels and linear algebra release the interpreter's lock, so threads run at once.
+        with ThreadPoolExecutor(_threads.usable()) as pool:
+            yield pool
+
+
+def fit_basis(
+    simulation: Simulation, rank: int, *, executor: Executor, progress: Progress = _silent
+) -> Basis:
+    """The SVD basis of the training signals, of `MOST_FOR_BASIS` of them at most (§2.4)."""
+    shards = simulation.shards("training")[: MOST_FOR_BASIS // SHARD]
+    total = sum(shard.size for shard in shards)
+    ahead = int(_AHEAD_BYTES / (16 * SHARD * simulation.model.n_samples))
+    task = functools.partial(_signals, simulation)
+
+    def batches() -> Iterator[NDArray[np.complex128]]:
+        done = 0
+        for shard, signals in _apply(executor, task, shards, ahead=max(2, ahead), ordered=True):
+            done += shard.size
+            progress("signals for the basis", done, total)
+            yield signals
+
+    with _threads.one_thread():
+        return fit(batches(), rank=rank)
 
 
 def reduce(
-    model: SignalModel,
-    theta: NDArray[np.float64],
+    simulation: Simulation,
     basis: Basis,
-    what: str,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> tuple[Reduced, float]:
-    """Coefficients and both bounds of parameter sets (S, P), S ≥ 1, and the signals' energy."""
+    shards: Sequence[Shard],
+    executor: Executor,
+    progress: Progress = _silent,
+) -> Iterator[Finished]:
+    """Coefficients and both bounds of some shards, in the order of completion.
+
+    `progress` counts each split's fingerprints in these shards.
+    """
+    task = functools.partial(_reduced, simulation, basis)
+    done: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    for shard in shards:
+        total[shard.split] += shard.size
+    for shard, (reduced, energy) in _apply(executor, task, shards, ahead=_AHEAD, ordered=False):
+        done[shard.split] += shard.size
+        progress(f"fingerprints for {shard.split}", done[shard.split], total[shard.split])
+        yield Finished(shard, reduced, energy)
+
+
+def total_energy(values: NDArray[np.complex128]) -> float:
+    """Σ |v|², summed in an order that does not depend on the number of threads."""
+    return float(np.square(np.ascontiguousarray(values).view(np.float64)).sum())
+
+
+def finite(reduced: Reduced) -> NDArray[np.bool_]:
+    """Parameters with a finite bound in some sample, of the signal and of the coefficients."""
+    return np.array(
+        [np.isfinite(crb).any(axis=0) for crb in (reduced.crb_signal, reduced.crb_coefficients)]
+    )
+
+
+def require_determined(
+    simulation: Simulation, basis: Basis, split: str, found: Iterable[NDArray[np.bool_]]
+) -> None:
+    """Require that some sample of a split determines each parameter.
+
+    Args:
+        simulation: of the split.
+        basis: of its coefficients.
+        split: which one.
+        found: the result of `finite` for each of its shards.
+
+    Raises:
+        SingularInformationError: a parameter whose bound is infinite in every sample; it carries
+            the information of some of them.
+    """
+    if np.logical_or.reduce(list(found)).all():
+        return
+    theta = simulation.theta(simulation.shards(split)[-1])[-_BATCH_MULTIPLE:]
+    out = simulation.model.simulate(theta)
+    for signal, jacobian in (
+        (out.signal, out.jacobian),
+        (basis.compress(out.signal), basis.compress(out.jacobian)),
+    ):
+        matrices = fisher.information(signal, jacobian, noise_std=1.0)
+        bounds = fisher.bounds(matrices)[:, : theta.shape[1]]
+        fisher.require_determined(bounds, matrices, simulation.model.names)
+
+
+def _signals(simulation: Simulation, shard: Shard) -> NDArray[np.complex128]:
+    """Signals of a shard, shape (size, T)."""
+    theta = simulation.theta(shard)
+    result = np.empty((shard.size, simulation.model.n_samples), dtype=np.complex128)
+    with _threads.one_thread():
+        for part in _batches(simulation.model, shard.size):
+            result[part] = simulation.model.signal(theta[part])
+    return result
+
+
+def _reduced(simulation: Simulation, basis: Basis, shard: Shard) -> tuple[Reduced, float]:
+    """Coefficients and both bounds of a shard, and its signals' energy."""
+    model, theta = simulation.model, simulation.theta(shard)
     size, n_parameters = theta.shape
     coefficients = np.empty((size, basis.rank), dtype=np.complex128)
     crb_signal, crb_coefficients = np.empty(theta.shape), np.empty(theta.shape)
     energy = 0.0
-    for part in _batches(size, model):
-        fingerprints = model.simulate(theta[part])
-        signal, jacobian = fingerprints.signal, fingerprints.jacobian
-        coefficients[part] = basis.compress(signal)
-        energy += float(np.linalg.norm(signal) ** 2)
-        whole = fisher.information(signal, jacobian, noise_std=1.0)
-        compressed = fisher.information(
-            coefficients[part], basis.compress(jacobian), noise_std=1.0
-        )
-        crb_signal[part] = fisher.bounds(whole)[:, :n_parameters]
-        crb_coefficients[part] = fisher.bounds(compressed)[:, :n_parameters]
-        progress(what, part.stop, size)
-    # If all samples are singular, those of the last batch are.
-    fisher.require_determined(crb_signal, whole, model.names)
-    fisher.require_determined(crb_coefficients, compressed, model.names)
+    with _threads.one_thread():
+        for part in _batches(model, size):
+            fingerprints = model.simulate(theta[part])
+            signal, jacobian = fingerprints.signal, fingerprints.jacobian
+            coefficients[part] = basis.compress(signal)
+            energy += total_energy(signal)
+            whole = fisher.information(signal, jacobian, noise_std=1.0)
+            compressed = fisher.information(
+                coefficients[part], basis.compress(jacobian), noise_std=1.0
+            )
+            crb_signal[part] = fisher.bounds(whole)[:, :n_parameters]
+            crb_coefficients[part] = fisher.bounds(compressed)[:, :n_parameters]
     return Reduced(theta, coefficients, crb_signal, crb_coefficients), energy
 
 
-def _signals(
-    model: SignalModel, theta: NDArray[np.float64], progress: Callable[[str, int, int], None]
-) -> Iterator[NDArray[np.complex128]]:
-    _checks.finite("theta", theta)
-    for part in _batches(len(theta), model):
-        yield model.signal(theta[part])
-        progress("signals for the basis", part.stop, len(theta))
-
-
-def _batches(size: int, model: SignalModel) -> Iterator[slice]:
+def _batches(model: SignalModel, size: int) -> Iterator[slice]:
     each = 16.0 * model.n_samples * len(model.parameters)
     length = max(1, int(_BATCH_BYTES / each / _BATCH_MULTIPLE)) * _BATCH_MULTIPLE
     for first in range(0, size, length):
         yield slice(first, min(first + length, size))
+
+
+def _apply(
+    executor: Executor,
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    ahead: int,
+    ordered: bool,
+) -> Iterator[tuple[_Item, _Result]]:
+    """Items with their results, in their own order or as they are completed.
+
+    Only some tasks are submitted before their turn, so that results do not pile up. What has not
+    begun is cancelled when the caller stops, as on an error or an interrupt.
+    """
+    left = iter(items)
+    pending: dict[Future[_Result], _Item] = {}
+    try:
+        while True:
+            for item in itertools.islice(left, ahead - len(pending)):
+                pending[executor.submit(function, item)] = item
+            if not pending:
+                return
+            if ordered:
+                future = next(iter(pending))
+            else:
+                future = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+            item = pending.pop(future)
+            yield item, future.result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a simulation will take.
+
+    Attributes:
+        shards: how many there are.
+        fingerprints: in all of them.
+        seconds: of the simulation, after the start of the program.
+        memory: peak of this process, in bytes; None where the system does not tell.
+        worker_memory: peak of a worker's process, likewise; the same for local threads.
+        shard_bytes: disk that the shards take until the data set is complete.
+        dataset_bytes: disk that the data set takes.
+    """
+
+    shards: int
+    fingerprints: int
+    seconds: float
+    memory: int | None
+    worker_memory: int | None
+    shard_bytes: int
+    dataset_bytes: int
+
+
+def forecast(
+    simulation: Simulation, basis: Basis | int, *, executor: Executor, n_workers: int
+) -> Forecast:
+    """Measure a few shards of each worker, and count the rest.
+
+    Args:
+        simulation: of the data set.
+        basis: its basis, or the rank of one to be made.
+        executor: who computes.
+        n_workers: how many tasks it computes at once.
+    """
+    model, sizes = simulation.model, dict(simulation.sizes)
+    seconds = 0.0
+
+    def some(each: int) -> Simulation:
+        """Training shards for every worker."""
+        return Simulation(
+            model, simulation.prior, sizes | {"training": n_workers * each}, simulation.seed
+        )
+
+    # Compilation, the table of rates and the start of the workers belong to no shard.
+    few, many = some(SHARD), some(3 * SHARD)
+    tasks = _apply(executor, functools.partial(_signals, few), few.shards("training"),
+                   ahead=n_workers, ordered=True)  # fmt: skip
+    for _ in tasks:
+        pass
+    if not isinstance(basis, Basis):
+        began = time.perf_counter()
+        times: list[float] = []
+        basis = fit_basis(
+            many, basis, executor=executor, progress=lambda *_: times.append(time.perf_counter())
+        )
+        # Each shard its signals and its share of the sum; then the eigenvectors.
+        share = min(sizes["training"], MOST_FOR_BASIS) / many.sizes["training"]
+        seconds += (times[-1] - began) * share + time.perf_counter() - times[-1]
+    began = time.perf_counter()
+    for _ in reduce(many, basis, many.shards("training"), executor):
+        pass
+    total = sum(sizes.values())
+    seconds += (time.perf_counter() - began) * total / many.sizes["training"]
+    each = 8 * (3 * len(model.parameters) + 2 * basis.rank)
+    n_shards = sum(len(simulation.shards(split)) for split in SPLITS)
+    return Forecast(
+        shards=n_shards,
+        fingerprints=total,
+        seconds=seconds,
+        memory=peak_memory(),
+        worker_memory=executor.submit(peak_memory).result(),
+        shard_bytes=total * each + n_shards * _SHARD_OVERHEAD + basis.vectors.nbytes,
+        dataset_bytes=total * each + basis.vectors.nbytes,
+    )
+
+
+# What HDF5 adds to the arrays of a shard.
+_SHARD_OVERHEAD = 6000
+
+
+def peak_memory() -> int | None:
+    """Largest memory that this process has held, in bytes; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)

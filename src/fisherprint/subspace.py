@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
+from scipy.linalg.blas import zherk
 
 from fisherprint import _checks, _storage
 
@@ -102,14 +103,12 @@ def fit(
     for batch in [signal] if isinstance(signal, np.ndarray) else signal:
         _checks.finite("signal", batch)
         _checks.shape("signal", batch, [("S", None), ("T", len(gram) or None)])
-        # The squares of single-precision signals need double precision.
-        batch = np.asarray(batch, dtype=np.complex128)
-        product = batch.conj().T @ batch
-        if size:
-            gram += product
-        else:
-            gram = product
-        del product
+        if not size:
+            gram = np.zeros((batch.shape[1],) * 2, dtype=np.complex128, order="F")
+        # The squares of single-precision signals need double precision. Only the upper triangle
+        # of this Hermitian matrix is summed, in place.
+        columns = np.asarray(batch, dtype=np.complex128, order="C").T
+        gram = zherk(1.0, columns, beta=1.0, c=gram, overwrite_c=1)
         size += len(batch)
     if not 1 <= rank <= min(size, len(gram)):
         raise ValueError(
@@ -117,8 +116,7 @@ def fit(
             f"of signals and of samples; got {rank}. Choose another rank or give more signals."
         )
     top = [len(gram) - rank, len(gram) - 1]
-    # `gram` is the transpose of Σ s sᴴ; its own transpose has the memory order of LAPACK, which
-    # can so work in place.
-    vectors = scipy.linalg.eigh(gram.T, subset_by_index=top, overwrite_a=True)[1][:, ::-1]
+    vectors = scipy.linalg.eigh(gram, subset_by_index=top, lower=False, overwrite_a=True)[1]
+    vectors = vectors[:, ::-1]
     largest = vectors[np.abs(vectors).argmax(axis=0), np.arange(rank)]
     return Basis(vectors * (np.abs(largest) / largest))

@@ -1,6 +1,7 @@
 """An experiment: its schema, and its stages over a run folder that explains itself.
 
 RUN/experiment.toml    what was asked for, complete
+RUN/shards/            parts of the data set, until it is complete
 RUN/dataset.h5         parameters, coefficients, both bounds, basis, train, seed, versions
 RUN/network/           weights.safetensors, card.json, checkpoint.safetensors, log.jsonl
 RUN/evaluation.h5      bias and variance of each test fingerprint; its loss over M0
@@ -11,6 +12,7 @@ RUN/report.html        all of it in pictures
 
 from __future__ import annotations
 
+from fisherprint.experiment.cluster import workers
 from fisherprint.experiment.folder import (
     Run,
     open_run,
@@ -38,6 +40,7 @@ from fisherprint.experiment.schema import (
 from fisherprint.experiment.stages import (
     BasisMismatchError,
     evaluate_run,
+    forecast_run,
     labelled,
     load_network,
     make_brain,
@@ -61,6 +64,7 @@ __all__ = [
     "SequenceSection",
     "SimulationSection",
     "evaluate_run",
+    "forecast_run",
     "inputs",
     "labelled",
     "load_network",
@@ -79,4 +83,5 @@ __all__ = [
     "summary",
     "train_run",
     "versions",
+    "workers",
 ]

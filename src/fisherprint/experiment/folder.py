@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ class Run:
     experiment: Experiment
 
     dataset = property(lambda self: self.folder / "dataset.h5")
+    shards = property(lambda self: self.folder / "shards")
     network = property(lambda self: self.folder / "network")
     checkpoint = property(lambda self: self.network / "checkpoint.safetensors")
     log = property(lambda self: self.network / "log.jsonl")
@@ -83,6 +85,7 @@ def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
         inputs(experiment)
         forget_training(run)
         run.dataset.unlink(missing_ok=True)
+        shutil.rmtree(run.shards, ignore_errors=True)
     elif any(path.exists() for path in (run.dataset, run.checkpoint, run.network / "card.json")):
         if _asked_for(open_run(folder).experiment) != _asked_for(experiment):
             raise files.OutputExistsError(

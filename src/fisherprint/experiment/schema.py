@@ -16,7 +16,8 @@ from pydantic import (
 )
 
 from fisherprint import files, sequence, train
-from fisherprint.models import TwoPool
+from fisherprint.models import SinglePool, TwoPool
+from fisherprint.models.cycle import Saturation
 from fisherprint.models.protocol import SignalModel
 from fisherprint.parameters import Prior, TruncatedNormal, Uniform, paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
@@ -38,23 +39,29 @@ class SequenceSection(_Section):
     path: Path | None = Field(None, description=".mat (keys alpha, TRF), .h5 or .toml")
     repetition_time: _Positive | None = Field(None, description="TR in s")
     inversion: Inversion | None = Field(None, description="crushed or spoiled")
+    phase_increment: float | None = Field(None, description="from pulse to pulse, in rad; else π")
 
     @model_validator(mode="after")
     def _describe_a_file(self) -> SequenceSection:
-        if self.path is None and not (self.repetition_time is None and self.inversion is None):
+        own = (self.repetition_time, self.inversion, self.phase_increment)
+        if self.path is None and any(value is not None for value in own):
             raise ValueError(
-                "expected a path with repetition_time or inversion; got none, and the bundled "
-                "train has its own. Name a file, or drop both."
+                "expected a path with repetition_time, inversion or phase_increment; got none, "
+                "and the bundled train has its own. Name a file, or drop them."
             )
         return self
 
 
 class ModelSection(_Section):
-    """The two-pool model."""
+    """The two-pool model, or with the parameters T1, T2, B0 and B1 a single pool."""
 
     parameters: tuple[str, ...] = Field(
         ("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1"),
         description="all that enter the Fisher matrix, with T1 or with T1f and T1s",
+    )
+    saturation: Saturation = Field(
+        "linearized",
+        description="of the semi-solid pool: linearized, graham or generalized Bloch",
     )
 
 
@@ -264,7 +271,10 @@ class Inputs(NamedTuple):
 
 def model(experiment: Experiment, train: PulseTrain) -> SignalModel:
     """The signal model of an experiment: nothing else in the stages knows which one it is."""
-    return TwoPool(train, experiment.model.parameters)
+    section = experiment.model
+    if "m0s" not in section.parameters and "T2" in section.parameters:
+        return SinglePool(train, section.parameters)
+    return TwoPool(train, section.parameters, saturation=section.saturation)
 
 
 def inputs(experiment: Experiment) -> Inputs:
@@ -278,7 +288,10 @@ def inputs(experiment: Experiment) -> Inputs:
     train = sequence.bundled()
     if section.path is not None:
         train = PulseTrain.read(
-            section.path, repetition_time=section.repetition_time, inversion=section.inversion
+            section.path,
+            repetition_time=section.repetition_time,
+            inversion=section.inversion,
+            phase_increment=section.phase_increment,
         )
     if experiment.map is not None:
         # They are read last, hours later.

@@ -17,7 +17,7 @@ from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
 from fisherprint.evaluate import Audit, Score
 from fisherprint.sequence import PulseTrain
-from fisherprint.simulate import SPLITS, DataSet, Reduced
+from fisherprint.simulate import SPLITS, DataSet, Finished, Reduced, Shard
 from fisherprint.subspace import Basis
 
 # Version of the layout of data sets and audits; readers refuse another.
@@ -126,20 +126,99 @@ def write_dataset(
     bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K).
     """
     with _storage.new_hdf5(Path(path)) as file:
-        file.attrs.update(
-            format=_FORMAT,
-            names=list(data.names),
-            energy=data.energy,
-            seed=seed,
-            versions=json.dumps(dict(versions)),
-            basis_sha256=data.basis.digest,
-            train_sha256=train.digest,
-        )
-        file["basis"] = data.basis.vectors
-        train.write_to(file.create_group("train"))
+        _write_head(file, data, train, seed, versions)
         for split, reduced in data.samples.items():
             for name in _BOUND_ATTRIBUTES:
                 file[f"{split}/{name}"] = getattr(reduced, name)
+
+
+def assemble_dataset(
+    path: str | Path,
+    shards: Mapping[str, Sequence[Path]],
+    head: DataSet,
+    train: PulseTrain,
+    *,
+    seed: int,
+    versions: Mapping[str, str],
+) -> None:
+    """Write a data set out of shards, one after the other: it need not fit into memory.
+
+    Args:
+        path: of the data set, as `write_dataset` writes it.
+        shards: files of each split, in order.
+        head: its names, basis and energy; samples are not looked at.
+        train: the pulse train.
+        seed: of all draws.
+        versions: what the numbers depend on.
+
+    Raises:
+        OSError: the disk has not enough room.
+    """
+    size = sum(shard.stat().st_size for files in shards.values() for shard in files)
+    with _storage.large_hdf5(Path(path), size + head.basis.vectors.nbytes) as file:
+        _write_head(file, head, train, seed, versions)
+        for split, paths in shards.items():
+            first = 0
+            for number, shard in enumerate(paths):
+                reduced = read_shard(shard).reduced
+                for name in _BOUND_ATTRIBUTES:
+                    part = getattr(reduced, name)
+                    if number == 0:
+                        total = _samples(paths)
+                        file.create_dataset(f"{split}/{name}", (total, part.shape[1]), part.dtype)
+                    file[f"{split}/{name}"][first : first + len(part)] = part
+                first += len(reduced.theta)
+
+
+def _samples(shards: Sequence[Path]) -> int:
+    """Fingerprints in the shards of a split: all but the last have the size of the first."""
+    ends = [len(read_shard(path).reduced.theta) for path in (shards[0], shards[-1])]
+    return ends[0] * (len(shards) - 1) + ends[1]
+
+
+def _write_head(
+    file: h5py.File, data: DataSet, train: PulseTrain, seed: int, versions: Mapping[str, str]
+) -> None:
+    file.attrs.update(
+        format=_FORMAT,
+        names=list(data.names),
+        energy=data.energy,
+        seed=seed,
+        versions=json.dumps(dict(versions)),
+        basis_sha256=data.basis.digest,
+        train_sha256=train.digest,
+    )
+    file["basis"] = data.basis.vectors
+    train.write_to(file.create_group("train"))
+
+
+def write_shard(path: str | Path, finished: Finished) -> None:
+    """Write a shard of a data set as HDF5."""
+    with _storage.new_hdf5(Path(path)) as file:
+        file.attrs.update(format=_FORMAT, energy=finished.energy, **vars(finished.shard))
+        for name in _BOUND_ATTRIBUTES:
+            file[name] = getattr(finished.reduced, name)
+
+
+def read_shard(path: str | Path) -> Finished:
+    """The shard that `write_shard` was given.
+
+    Raises:
+        UnreadableFileError: no such file, truncated, foreign, or of another version.
+    """
+    path = Path(path)
+    with _storage.open_hdf5(path) as file:
+        _require_format(file, path, "shard", _BOUND_ATTRIBUTES)
+        reduced = Reduced(**{name: file[name][()] for name in _BOUND_ATTRIBUTES})
+        attributes = file.attrs
+        shard = Shard(str(attributes["split"]), int(attributes["number"]), int(attributes["size"]))
+        return Finished(shard, reduced, float(attributes["energy"]))
+
+
+def write_basis(path: str | Path, basis: Basis) -> None:
+    """Write a basis as HDF5, its vectors (T, K) under the key `basis`."""
+    with _storage.new_hdf5(Path(path)) as file:
+        file["basis"] = basis.vectors
 
 
 def read_dataset(path: str | Path) -> tuple[DataSet, PulseTrain]:
