@@ -20,7 +20,7 @@ import torch
 from blochsim.simulators import TrueFISPSimulator
 
 import fisherprint as fp
-from fisherprint import fisher, models, sequence
+from fisherprint import models, sequence, simulate
 from fisherprint.models import kernels, lineshape
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -29,17 +29,6 @@ import oracles
 SIZE, REPEATS = 1024, 7
 PEER_SIZES = (64, 256, 1024, 4096)
 MATRIX = 2048
-
-
-def bounds(model: fp.TwoPool, theta: np.ndarray, basis: fp.Basis) -> None:
-    """Signal and derivatives, then both bounds, in batches as `simulate` has them."""
-    for first in range(0, len(theta), 128):
-        out = model.simulate(theta[first : first + 128])
-        for s, ds in (
-            (out.signal, out.jacobian),
-            (basis.compress(out.signal), basis.compress(out.jacobian)),
-        ):
-            fisher.bounds(fisher.information(s, ds, noise_std=1.0))
 
 
 def multiply_adds(model: fp.TwoPool, theta: np.ndarray) -> float:
@@ -79,6 +68,8 @@ def main() -> None:
     free = np.column_stack([column[name] for name in ("T1", "T2f", "B0", "B1")])
     basis = fp.subspace.fit(model.signal(theta), rank=13)
     single.simulate(free[:1])
+    # Two shards, and all that a data set takes beside them.
+    sizes = {"training": 2 * simulate.SHARD, "validation": 1, "test": 1}
 
     θ = {name: float(values[0]) for name, values in column.items()}
     angle, duration = train.flip_angle[0], train.pulse_duration[0]
@@ -107,8 +98,8 @@ def main() -> None:
     work: dict[str, tuple[Callable[[], object], float]] = {
         "two pools: signal and 7 derivatives": (lambda: model.simulate(theta), SIZE),
         "the same with bounds of signal and of 13 coefficients": (
-            lambda: bounds(model, theta, basis),
-            SIZE,
+            lambda: simulate.dataset(model, prior, sizes, basis=basis, seed=0),
+            sum(sizes.values()),
         ),
         "two pools: signal alone": (lambda: model.signal(theta), SIZE),
         "single pool: signal and 4 derivatives": (lambda: single.simulate(free), SIZE),
