@@ -302,7 +302,7 @@ def test_killed_and_repeated_it_is_the_same(
     left = 12 * SHARD - SHARD * (len(kept) - 1)
     assert f"{left} of {left}" in watched["fingerprints for training"]
     assert "signals for the basis" not in watched
-    assert (run / "dataset.h5").read_bytes() == undisturbed.read_bytes()
+    assert files.file_digest(run / "dataset.h5") == files.file_digest(undisturbed)
     assert not (run / "shards").exists()
 
 
@@ -333,7 +333,7 @@ def test_dask_and_the_death_of_a_worker(asked: Path, undisturbed: Path, tmp_path
         os.kill(next(iter(running.workers.values())).pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert (run / "dataset.h5").read_bytes() == undisturbed.read_bytes()
+    assert files.file_digest(run / "dataset.h5") == files.file_digest(undisturbed)
 
 
 def test_a_full_disk_loses_nothing(
@@ -349,7 +349,7 @@ def test_a_full_disk_loses_nothing(
     done = []
     experiment.simulate_run(run, progress=lambda *call: done.append(call))
     assert done == []
-    assert run.dataset.read_bytes() == undisturbed.read_bytes()
+    assert files.file_digest(run.dataset) == files.file_digest(undisturbed)
 
 
 def test_shards_of_another_experiment_are_not_used(asked: Path, tmp_path: Path) -> None:

@@ -384,12 +384,19 @@ def test_threads_are_as_many_as_the_cores_of_this_process(
 def test_the_first_call_says_that_it_compiles(tmp_path):
     # A process with an empty cache compiles, and says so; the next one finds it compiled.
     lines = (
-        "import numpy as np, fisherprint as fp",
+        "import hashlib, numpy as np, fisherprint as fp",
         "from fisherprint import models",
-        "train = fp.PulseTrain([3.14159, 0.5, 0.6], [5e-4, 2e-4, 3e-4], 3.5e-3)",
+        "angle = np.r_[np.pi, 0.1 + np.sin(np.arange(99) / 20) ** 2]",
+        "train = fp.PulseTrain(angle, np.r_[5e-4, 2e-4 + 3e-6 * np.arange(99)], 3.5e-3)",
         "print(models.compiled())",
-        "s = models.SinglePool(train).simulate([[1.0, 0.08, 10.0, 1.0]])",
-        "print(models.compiled(), s.signal.tobytes().hex(), s.jacobian.tobytes().hex())",
+        "theta = np.array([[.2, 1.1, .07, 20, 12e-6, 50, .9]])",
+        "theta = theta * np.random.default_rng(0).uniform(.9, 1.1, (40, 7))",
+        "one = models.SinglePool(train).simulate(theta[:, [1, 2, 5, 6]])",
+        "two = models.TwoPool(train).simulate(theta)",
+        "alone = models.TwoPool(train).signal(theta)",
+        "arrays = one.signal, one.jacobian, two.signal, two.jacobian, alone",
+        "digests = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]",
+        "print(models.compiled(), *digests)",
     )
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     runs = [

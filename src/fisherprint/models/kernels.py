@@ -93,6 +93,10 @@ def train_signal(
 ) -> None:
     """Periodic signal of one train for LANES voxels, and its derivatives.
 
+    All functions below are compiled into this one. Left by themselves they would exist twice, and
+    whether this one calls its own copies, rounded a little otherwise, would depend on whether it
+    has just been compiled or read from numba's cache.
+
     Args:
         tissue: physical parameters, shape (8, LANES).
         saturation: SINGLE, LINEARIZED or GRAHAM.
@@ -158,7 +162,7 @@ def train_signal(
     write(samples, tangents, slopes, scale, place, out, first, column)
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def first_pass(
     tissue: Array,
     saturation: int,
@@ -212,7 +216,7 @@ def first_pass(
     return samples, m
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def second_pass(
     tissue: Array,
     saturation: int,
@@ -284,7 +288,7 @@ def second_pass(
     return samples, dm
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def saturate(
     tissue: Array,
     log_t2s: Array,
@@ -350,7 +354,7 @@ def six(w: Array, lane: int) -> tuple[float, float, float, float, float, float]:
     return w[0, lane], w[1, lane], w[2, lane], w[3, lane], w[4, lane], w[5, lane]
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def series(tissue: Array, rates: Array, duration: float, angle: float) -> tuple[int, int, float]:
     """Equal steps of a pulse, terms of the series of each step, and the shift of H.
 
@@ -376,7 +380,7 @@ def series(tissue: Array, rates: Array, duration: float, angle: float) -> tuple[
     return steps, order, shift
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def generator(
     tissue: Array,
     saturation: int,
@@ -494,7 +498,7 @@ def scaled(r: Array, factor: float, m: Array) -> None:
                 m[j, i, lane] = factor * r[j, i, lane]
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def invert(tissue: Array, angle: float, crushed: bool, m: Array, j: int) -> None:
     """Free pool of the inversion: diag(sin²(B1α/2), -sin²(B1α/2), cos(B1α)) if crushed.
 
@@ -508,7 +512,7 @@ def invert(tissue: Array, angle: float, crushed: bool, m: Array, j: int) -> None
         m[j, Z, lane] *= np.cos(a)
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def invert_source(tissue: Array, angle: float, crushed: bool, m: Array, dm: Array) -> None:
     """Add ∂/∂B1 of the inversion, applied to the magnetization before it."""
     for lane in range(LANES):
@@ -519,7 +523,7 @@ def invert_source(tissue: Array, angle: float, crushed: bool, m: Array, dm: Arra
         dm[BY_B1, Z, lane] -= np.sin(a) * angle * m[0, Z, lane]
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def precession(tissue: Array, time: float, free: Array) -> None:
     """Free precession for `time`, in closed form, with derivatives, into `free`.
 
@@ -645,7 +649,7 @@ def recover(free: Array, slope: int, m: Array, dm: Array, row: int) -> None:
         )
 
 
-@numba.njit(cache=True)
+@numba.njit(forceinline=True)
 def periodic(last: Array) -> tuple[Array, Array]:
     """The state m that a whole cycle m ← A m + b reproduces: (1 - A) m = b.
 
@@ -665,7 +669,7 @@ def periodic(last: Array) -> tuple[Array, Array]:
     return left, start
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def write_signal(
     samples: Array, start: Array, out: NDArray[np.complex128], first: int, column: int
 ) -> None:
@@ -683,7 +687,7 @@ def write_signal(
             out[first + lane, 0, column + i] = complex(echo[0, lane], echo[1, lane])
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def write(
     samples: Array,
     tangents: Array,
