@@ -321,7 +321,7 @@ def main() -> None:
 
 
 def _leave_interrupted() -> NoReturn:
-    print("interrupted; finished epochs and stages are kept", file=sys.stderr)
+    print("interrupted; finished shards, epochs and stages are kept", file=sys.stderr)
     # Leave at once: threads of compiled code may still be busy.
     sys.stderr.flush()
     os._exit(130)

@@ -51,16 +51,15 @@ BY_R2F, BY_B0, BY_B1, BY_R1F, BY_M0S, BY_RX, BY_T2S, BY_R1S = range(8)
 # How the semi-solid pool is saturated; a single pool has none.
 SINGLE, LINEARIZED, GRAHAM = range(3)
 
-# Entries of Hτ (see design: rows x, y, z, zs, xs), and of its derivatives by T2s and B1 that
-# the saturation has.
-H_TRANSVERSE, H_B0, H_B1, H_Z, H_Z_ZS, H_Z_ONE, H_ZS_Z, H_ZS, H_ZS_ONE, H_XS, H_SATURATE = range(
-    11
-)
+# Entries of Hτ by row and column, diagonal ones by their row (x and y have the same); then the
+# derivatives by T2s and B1 of what the saturation sets.
+H_TRANSVERSE, H_B0, H_B1, H_Z, H_Z_ZS, H_Z_ONE = range(6)
+H_ZS_Z, H_ZS, H_ZS_ONE, H_XS, H_SATURATE = range(6, 11)
 H_XS_BY_T2S, H_XS_BY_B1, H_ZS_BY_T2S, H_ZS_BY_B1 = range(11, 15)
 _ENTRIES = 15
 
-# What is left out of the series of one step, relative to the magnetization. Over the paper's train
-# it leaves 3e-10 of the signal and of its derivatives; at 1e-9 it would leave 1e-7.
+# What is left out of the series of one step, relative to the magnetization. The golden signals of
+# the paper's train are met to 1e-10; at 1e-9 it would be 1e-7.
 TRUNCATION = 1e-12
 # Longest step of the series in units of 1/‖H‖: longer ones lose digits to cancellation.
 MAX_STEP = 8.0
