@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,8 @@ Signals = NDArray[np.complex128]
 _KINDS = {None: kernels.SINGLE, "linearized": kernels.LINEARIZED, "graham": kernels.GRAHAM}
 
 _log = logging.getLogger("fisherprint")
+# Taken by the first of the threads that find nothing compiled, and kept.
+_unsaid = threading.Lock()
 
 
 def compiled() -> bool:
@@ -56,7 +59,7 @@ def signals(
     """
     if saturation == "generalized Bloch":
         return _by_integration(train, tissue, by, scale)
-    if not compiled():
+    if not compiled() and _unsaid.acquire(blocking=False):
         # The default handler writes warnings to the standard error.
         _log.warning("compiling the signal model, once after installation (about 20 seconds)")
     kind = _KINDS[saturation]
