@@ -3,13 +3,22 @@
 from typing import TYPE_CHECKING, Any
 
 from fisherprint.models.cycle import compiled
-from fisherprint.models.protocol import Fingerprints, SignalModel
+from fisherprint.models.protocol import ControlSlopes, Fingerprints, PulsedModel, SignalModel
 from fisherprint.models.two_pool import SinglePool, TwoPool
 
 if TYPE_CHECKING:
     from fisherprint.models.autograd import TorchModel
 
-__all__ = ["Fingerprints", "SignalModel", "SinglePool", "TorchModel", "TwoPool", "compiled"]
+__all__ = [
+    "ControlSlopes",
+    "Fingerprints",
+    "PulsedModel",
+    "SignalModel",
+    "SinglePool",
+    "TorchModel",
+    "TwoPool",
+    "compiled",
+]
 
 
 def __getattr__(name: str) -> Any:

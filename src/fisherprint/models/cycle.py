@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fisherprint import _threads
-from fisherprint.models import generalized_bloch, kernels, lineshape
+from fisherprint.models import adjoint, generalized_bloch, kernels, lineshape
 from fisherprint.sequence import PulseTrain
 
 Saturation = Literal["linearized", "graham", "generalized Bloch"]
@@ -25,15 +25,16 @@ _KINDS = {None: kernels.SINGLE, "linearized": kernels.LINEARIZED, "graham": kern
 
 _log = logging.getLogger("fisherprint")
 # Taken by the first of the threads that find nothing compiled, and kept.
-_unsaid = threading.Lock()
+_unsaid = {kernel: threading.Lock() for kernel in (kernels.train_signal, adjoint.train_gradient)}
 
 
-def compiled() -> bool:
-    """Whether the kernels are compiled, in this process or on the disk."""
-    if kernels.train_signal.signatures:
+def compiled(kernel: Any = kernels.train_signal) -> bool:
+    """Whether a kernel is compiled, in this process or on the disk."""
+    if kernel.signatures:
         return True
-    source = Path(kernels.__file__)
-    kept = Path(str(kernels.train_signal.stats.cache_path)).glob("kernels.train_signal-*.nbi")
+    source = Path(kernel.py_func.__code__.co_filename)
+    name = f"{source.stem}.{kernel.py_func.__name__}-*.nbi"
+    kept = Path(str(kernel.stats.cache_path)).glob(name)
     return any(index.stat().st_mtime >= source.stat().st_mtime for index in kept)
 
 
@@ -59,9 +60,86 @@ def signals(
     """
     if saturation == "generalized Bloch":
         return _by_integration(train, tissue, by, scale)
-    if not compiled() and _unsaid.acquire(blocking=False):
+    _say_once(kernels.train_signal, "the signal model, once after installation (about 20 seconds)")
+    result = np.empty((tissue.shape[1], 1 + len(by), train.n_samples), dtype=np.complex128)
+
+    def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
+        kernels.train_signal(*arguments, result, first, column)
+
+    _for_groups(train, tissue, saturation, by, scale, play)
+    return result
+
+
+def control_slopes(
+    train: PulseTrain,
+    tissue: Array,
+    saturation: Saturation | None,
+    by: Sequence[str],
+    scale: Array,
+    by_sample: Signals,
+) -> Array:
+    """From ∂J/∂(signal and derivatives) to ∂J/∂(flip angles and durations), exactly.
+
+    Args:
+        by_sample: ∂J/∂Re + i ∂J/∂Im of what `signals` gives with the same other arguments, shape
+            (S, 1 + D, T).
+
+    Returns:
+        ∂J/∂α in 1/rad and ∂J/∂TRF in 1/s of each parameter set, shape (S, 2, T).
+    """
+    return _backward(train, tissue, saturation, by, scale, np.ascontiguousarray(by_sample))[0]
+
+
+def magnetization(train: PulseTrain, tissue: Array, saturation: Saturation | None) -> Array:
+    """x, y and z of the free and z of the semi-solid pool at the echoes, shape (S, T, 4)."""
+    none = np.empty((0, 1, train.n_samples), dtype=np.complex128)
+    return _backward(train, tissue, saturation, (), None, none)[1].mT
+
+
+def _backward(
+    train: PulseTrain,
+    tissue: Array,
+    saturation: Saturation | None,
+    by: Sequence[str],
+    scale: Array | None,
+    by_sample: Signals,
+) -> tuple[Array, Array]:
+    if saturation == "generalized Bloch":
+        raise ValueError(
+            "expected the saturation `linearized` or `graham`; got `generalized Bloch`, the slow "
+            "reference, which is for signals alone. Design with one of the others."
+        )
+    _say_once(adjoint.train_gradient, "its adjoint, once after installation (about a minute)")
+    size = tissue.shape[1]
+    slopes = np.zeros((size, 2, train.n_samples))
+    states = np.empty((size, kernels.CARRIED, train.n_samples))
+
+    def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
+        adjoint.train_gradient(*arguments, by_sample, slopes, states, first, column)
+
+    _for_groups(train, tissue, saturation, by, scale, play)
+    return slopes, states
+
+
+def _say_once(kernel: Any, what: str) -> None:
+    if not compiled(kernel) and _unsaid[kernel].acquire(blocking=False):
         # The default handler writes warnings to the standard error.
-        _log.warning("compiling the signal model, once after installation (about 20 seconds)")
+        _log.warning("compiling %s", what)
+
+
+def _for_groups(
+    train: PulseTrain,
+    tissue: Array,
+    saturation: Saturation | None,
+    by: Sequence[str],
+    scale: Array | None,
+    play: Callable[[tuple[Any, ...], int, int], None],
+) -> None:
+    """Call `play` for each group of lanes and each train, over the cores.
+
+    It gets the arguments that all kernels have in common, the first parameter set of the group and
+    the first sample of the train.
+    """
     kind = _KINDS[saturation]
     table = lineshape.graham_table() if kind == kernels.GRAHAM else lineshape.rate_table()
     size, n_pulses = tissue.shape[1], train.flip_angle.shape[1]
@@ -75,7 +153,6 @@ def signals(
     # The crushers of the inversion fill what is left of the repetition time.
     free_time[:, 0] = train.repetition_time / 2
     times = [np.unique(row, return_inverse=True) for row in free_time]
-    result = np.empty((size, 1 + len(by), train.n_samples), dtype=np.complex128)
 
     def group(first: int) -> None:
         # A last group that is not full repeats its last member.
@@ -83,7 +160,7 @@ def signals(
         for number, (angle, duration) in enumerate(
             zip(train.flip_angle, train.pulse_duration, strict=True)
         ):
-            kernels.train_signal(
+            arguments = (
                 np.ascontiguousarray(tissue[:, members]),
                 kind,
                 train.inversion == "crushed",
@@ -94,10 +171,8 @@ def signals(
                 table,
                 np.ascontiguousarray(factors[:, members]),
                 place,
-                result,
-                first,
-                number * n_pulses,
             )
+            play(arguments, first, number * n_pulses)
 
     groups = range(0, size, kernels.LANES)
     # The kernel releases the interpreter's lock, so threads run at once.
@@ -107,7 +182,6 @@ def signals(
     else:
         with ThreadPoolExecutor(_threads.usable()) as pool:
             list(pool.map(group, groups))
-    return result
 
 
 def _by_integration(

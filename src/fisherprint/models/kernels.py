@@ -139,6 +139,8 @@ def train_signal(
     if place.size == 0:
         write_signal(samples, start, out, first, column)
         return
+    unknown = np.zeros((place.size, start.shape[0], LANES))
+    not_kept = np.empty((0, 1 + place.size, CARRIED, LANES))
     tangents, end = second_pass(
         tissue,
         saturation,
@@ -151,13 +153,10 @@ def train_signal(
         phase,
         rates,
         start,
-        place.size,
+        unknown,
+        not_kept,
     )
-    slopes = np.empty((place.size, start.shape[0], LANES))
-    for lane in range(LANES):
-        # dm = (1 - A)⁻¹ (dA m + db): what is left at the end of the cycle.
-        right = np.ascontiguousarray(end[:, : start.shape[0], lane].T)
-        slopes[:, :, lane] = np.linalg.solve(left[lane], right).T
+    slopes = periodic_slopes(left, end)
     write(samples, tangents, slopes, scale, place, out, first, column)
 
 
@@ -228,23 +227,32 @@ def second_pass(
     phase: tuple[float, float],
     rates: Array,
     start: Array,
-    n_directions: int,
+    slopes: Array,
+    states: Array,
 ) -> tuple[Array, Array]:
-    """The cycle for the periodic state, with derivatives that are zero at its start.
+    """The cycle for the periodic state, with given derivatives at its start.
+
+    Args:
+        start: the periodic state, shape (C, LANES); further ones as for `train_signal`.
+        slopes: its derivatives, shape (D, C, LANES).
+        states: receives magnetization and derivatives at each echo, shape (N, 1 + D, 4, LANES);
+            with N = 0 they are not kept.
 
     Returns:
         x and y at the echoes, of the signal and of its derivatives, shape (N, 1 + D, 2, LANES);
         and the derivatives at the end, shape (D, 5, LANES).
     """
     two = saturation != SINGLE
-    n_pulses = flip_angle.size
+    n_pulses, n_directions = flip_angle.size, slopes.shape[0]
     h = np.zeros((_ENTRIES, LANES))
     m = np.zeros((1, 5, LANES))
     r = np.zeros((1, 5, LANES))
     dm = np.zeros((n_directions, 5, LANES))
     dr = np.zeros((n_directions, 5, LANES))
     samples = np.empty((n_pulses, 1 + n_directions, 2, LANES))
+    terms = np.empty((0, 1 + n_directions, 5, LANES))
     m[0, : start.shape[0]] = start
+    dm[:, : start.shape[0]] = slopes
     for i in range(n_pulses):
         f, time = free[which_time[i]], free_time[which_time[i]]
         precess_all(f, time, phase, two, m, dm)
@@ -254,23 +262,7 @@ def second_pass(
         m[:, XS] = 0.0
         dm[:, XS] = 0.0
         for _ in range(steps):
-            r[:] = m
-            dr[:] = dm
-            one = 1.0
-            for k in range(order, 0, -1):
-                # The derivatives first: their source is the value from before.
-                for p in range(n_directions):
-                    term(h, 1.0 / k, 0.0, two, dm, dr, p)
-                if i > 0:
-                    free_source(tissue, tau / k, angle / k, one, r, dr)
-                if two:
-                    semisolid_source(h, 1.0 / k, 0.0 if saturation == GRAHAM else angle, r, dr)
-                    if i > 0:
-                        exchange_source(tissue, tau / k, one, r, dr)
-                term(h, 1.0 / k, one, two, m, r, 0)
-                one = 1.0 + shift / k * one
-            scaled(r, np.exp(-shift), m)
-            scaled(dr, np.exp(-shift), dm)
+            step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
         if i == 0:
             for p in range(n_directions):
                 invert(tissue, flip_angle[0], crushed, dm, p)
@@ -284,7 +276,67 @@ def second_pass(
             for lane in range(LANES):
                 samples[i, 1 + p, 0, lane] = dm[p, X, lane]
                 samples[i, 1 + p, 1, lane] = dm[p, Y, lane]
+        if states.shape[0] > 0:
+            states[i, 0] = m[0, :CARRIED]
+            states[i, 1:] = dm[:, :CARRIED]
     return samples, dm
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def step(
+    tissue: Array,
+    saturation: int,
+    h: Array,
+    tau: float,
+    angle: float,
+    shift: float,
+    order: int,
+    inversion: bool,
+    m: Array,
+    dm: Array,
+    r: Array,
+    dr: Array,
+    terms: Array,
+) -> None:
+    """One step of a pulse, exp(Hτ) of the magnetization and its derivatives, in place.
+
+    Args:
+        tissue: as for `train_signal`.
+        saturation: likewise.
+        h: of `generator`.
+        tau: length of the step in s.
+        angle: of its rotation in rad.
+        shift: of `series`.
+        order: likewise.
+        inversion: of which only the semi-solid pool is played.
+        m: magnetization, shape (1, 5, LANES).
+        dm: its derivatives, shape (D, 5, LANES).
+        r: room of the shape of m.
+        dr: room of the shape of dm.
+        terms: receives what H is applied to in each term, shape (order + 1, 1 + D, 5, LANES), the
+            k-th by k; not kept if empty.
+    """
+    r[:] = m
+    dr[:] = dm
+    one = 1.0
+    for k in range(order, 0, -1):
+        if terms.shape[0] > 0:
+            terms[k, 0] = r[0]
+            terms[k, 1:] = dr
+        # The derivatives first: their source is the value from before.
+        for p in range(dm.shape[0]):
+            term(h, 1.0 / k, 0.0, saturation != SINGLE, dm, dr, p)
+        if dm.shape[0] > 0:
+            if not inversion:
+                free_source(tissue, tau / k, angle / k, one, r, dr)
+            if saturation != SINGLE:
+                semisolid_source(h, 1.0 / k, 0.0 if saturation == GRAHAM else angle, r, dr)
+                if not inversion:
+                    exchange_source(tissue, tau / k, one, r, dr)
+        term(h, 1.0 / k, one, saturation != SINGLE, m, r, 0)
+        one = 1.0 + shift / k * one
+    scaled(r, np.exp(-shift), m)
+    scaled(dr, np.exp(-shift), dm)
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)
@@ -618,6 +670,9 @@ def precess_all(
     free: Array, time: float, phase: tuple[float, float], two: bool, m: Array, dm: Array
 ) -> None:
     """Free precession and a turn by the phase, of the magnetization and its derivatives."""
+    if dm.shape[0] == 0:
+        precess(free, phase, 1.0, two, m, 0)
+        return
     for p in range(dm.shape[0]):
         precess(free, phase, 0.0, two, dm, p)
     if two:
@@ -666,6 +721,25 @@ def periodic(last: Array) -> tuple[Array, Array]:
         b = np.ascontiguousarray(last[carried, :carried, lane])
         start[:, lane] = np.linalg.solve(left[lane], b)
     return left, start
+
+
+@numba.njit(forceinline=True)
+def periodic_slopes(left: Array, end: Array) -> Array:
+    """Derivatives of the periodic state, dm = (1 - A)⁻¹ (dA m + db).
+
+    Args:
+        left: 1 - A, of `periodic`.
+        end: derivatives at the end of a cycle that began without any, shape (D, 5, LANES).
+
+    Returns:
+        Shape (D, C, LANES).
+    """
+    carried = left.shape[1]
+    slopes = np.empty((end.shape[0], carried, LANES))
+    for lane in range(LANES):
+        right = np.ascontiguousarray(end[:, :carried, lane].T)
+        slopes[:, :, lane] = np.linalg.solve(left[lane], right).T
+    return slopes
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)

@@ -435,6 +435,55 @@ def splines(u: float) -> _Splines:
     return values, (-q0, q0 - q1, q1 - q2, q2 - q3, q3 - q4, q4)
 
 
+@numba.njit(forceinline=True)
+def bends(u: float) -> tuple[float, float, float, float, float, float]:
+    """Second derivatives of the six splines of a cell: B_j'' = c_{j−2} − 2 c_{j−1} + c_j, cubic."""
+    t = 1 - u
+    c0, c3 = t**3 / 6, u**3 / 6
+    c1 = (1 + 3 * t * (1 + t * u)) / 6
+    c2 = 1 - c0 - c1 - c3
+    return c0, c1 - 2 * c0, c2 - 2 * c1 + c0, c3 - 2 * c2 + c1, c2 - 2 * c3, c3
+
+
+@numba.njit(forceinline=True)
+def rate_bends(coefficients: Array, x: float, angle: float) -> tuple[float, float, float]:
+    """x² ∂²f/∂x², x ∂²f/∂x∂a and ∂²f/∂a² of what `rate` gives; compiled, trusts its arguments."""
+    i, j, u, v = cell(np.log(x), angle)
+    w, dw = splines(u)
+    b, db = splines(v)
+    ddw, ddb = bends(u), bends(v)
+    f_u = f_uu = f_uv = f_vv = 0.0
+    for m in range(6):
+        value = slope = bend = 0.0
+        for n in range(6):
+            c = coefficients[i + m, j + n]
+            value += b[n] * c
+            slope += db[n] * c
+            bend += ddb[n] * c
+        f_u += dw[m] * value
+        f_uu += ddw[m] * value
+        f_uv += dw[m] * slope
+        f_vv += w[m] * bend
+    f_xx = (f_uu / LOG_X_STEP - f_u) / LOG_X_STEP
+    return f_xx, f_uv / (LOG_X_STEP * ANGLE_STEP), f_vv / ANGLE_STEP**2
+
+
+@numba.njit(forceinline=True)
+def graham_bends(coefficients: Array, x: float, angle: float) -> tuple[float, float, float]:
+    """The same three of what `graham` gives."""
+    u = (np.log(x) - _LOG_X_MIN) / LOG_X_STEP
+    i = min(int(u), _CELLS[0] - 1)
+    weights, slopes = splines(u - i)
+    seconds = bends(u - i)
+    g = g_u = g_uu = 0.0
+    for m in range(6):
+        g += weights[m] * coefficients[0, i + m]
+        g_u += slopes[m] * coefficients[0, i + m]
+        g_uu += seconds[m] * coefficients[0, i + m]
+    g_xx = (g_uu / LOG_X_STEP - g_u) / LOG_X_STEP
+    return angle**2 * g_xx, 2 * angle * g_u / LOG_X_STEP, 2 * g
+
+
 class SaturationRate(NamedTuple):
     """R, which is R2sl or R_RF, in 1/s with its derivatives.
 

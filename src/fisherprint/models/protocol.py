@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisherprint import _checks
 from fisherprint.parameters import Parameter
+from fisherprint.sequence import PulseTrain
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +27,19 @@ class Fingerprints:
     theta: NDArray[np.float64]
     signal: NDArray[np.complex128]
     jacobian: NDArray[np.complex128]
+
+
+@dataclass(frozen=True, eq=False)
+class ControlSlopes:
+    """Slopes of a number J by the controls of a pulse train.
+
+    Attributes:
+        flip_angle: ∂J/∂α in 1/rad, shape (trains, pulses).
+        pulse_duration: ∂J/∂TRF in 1/s, the same shape.
+    """
+
+    flip_angle: NDArray[np.float64]
+    pulse_duration: NDArray[np.float64]
 
 
 @runtime_checkable
@@ -57,6 +71,36 @@ class SignalModel(Protocol):
 
     def signal(self, theta: NDArray[np.float64]) -> NDArray[np.complex128]:
         """The signal alone, shape (S, T): the same numbers at a fraction of the cost."""
+        ...
+
+
+@runtime_checkable
+class PulsedModel(SignalModel, Protocol):
+    """A signal model of a pulse train that can be differentiated by the train."""
+
+    @property
+    def train(self) -> PulseTrain:
+        """The pulse train."""
+        ...
+
+    def of(self, train: PulseTrain) -> PulsedModel:
+        """The same model of another train."""
+        ...
+
+    def control_slopes(
+        self,
+        theta: NDArray[np.float64],
+        by_signal: NDArray[np.complex128],
+        by_jacobian: NDArray[np.complex128] | None = None,
+    ) -> ControlSlopes:
+        """From slopes by signal (S, T) and Jacobian (S, T, P) to those by the train, exactly.
+
+        A slope by a complex number z is ∂J/∂Re z + i ∂J/∂Im z.
+        """
+        ...
+
+    def magnetization(self, theta: NDArray[np.float64]) -> NDArray[np.float64]:
+        """x, y and z of the free and z of the semi-solid pool at the echoes, shape (S, T, 4)."""
         ...
 
 

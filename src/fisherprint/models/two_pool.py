@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from fisherprint import _checks
 from fisherprint.models import cycle, kernels, lineshape
 from fisherprint.models.cycle import Saturation
-from fisherprint.models.protocol import Fingerprints, Named, checked
+from fisherprint.models.protocol import ControlSlopes, Fingerprints, Named, checked
 from fisherprint.parameters import Parameter
 from fisherprint.sequence import PulseTrain
 
@@ -107,20 +107,61 @@ class TwoPool(Named):
                 linearized rate.
         """
         theta = self._checked(theta)
-        scale = _chain_rule(theta, self.parameters)
-        # Without a semi-solid pool nothing depends on its relaxation and exchange. Rounding would
-        # remain, 1e-18, and nobody downstream could tell it from a derivative.
-        empty = theta[:, self.index("m0s")] == 0
-        for name in {"Rx", "T1s", "T2s"}.intersection(self.names):
-            scale[self.index(name), empty] = 0
         by = [_SETS[name] for name in self.names]
-        result = cycle.signals(self.train, self._tissue(theta), self.saturation, by, scale)
+        result = cycle.signals(
+            self.train, self._tissue(theta), self.saturation, by, self._scale(theta)
+        )
         return Fingerprints(theta, result[:, 0], result[:, 1:].mT)
 
     def signal(self, theta: ArrayLike) -> NDArray[np.complex128]:
         """The signal alone, shape (S, T); arguments and errors as for `simulate`."""
         theta = self._checked(theta)
         return cycle.signals(self.train, self._tissue(theta), self.saturation)[:, 0]
+
+    def of(self, train: PulseTrain) -> TwoPool:
+        """The same model of another train."""
+        return TwoPool(train, self.names, saturation=self.saturation)
+
+    def control_slopes(
+        self, theta: ArrayLike, by_signal: ArrayLike, by_jacobian: ArrayLike | None = None
+    ) -> ControlSlopes:
+        """From slopes by signal and Jacobian to those by flip angles and durations, exactly.
+
+        Reverse mode: the cycle forwards, then one adjoint pass backwards (`models.adjoint`).
+
+        Args:
+            theta: parameter sets, shape (S, P), SI units.
+            by_signal: ∂J/∂Re s + i ∂J/∂Im s of a number J, shape (S, T).
+            by_jacobian: the same by the Jacobian, shape (S, T, P); J does not depend on it if None.
+
+        Returns:
+            ∂J/∂α and ∂J/∂TRF, each summed over the parameter sets.
+
+        Raises:
+            ValueError: as for `simulate`; or the saturation is `generalized Bloch`.
+        """
+        theta = self._checked(theta)
+        return _control_slopes(
+            self, theta, self._tissue(theta), self.saturation, self._scale(theta), by_signal, by_jacobian
+        )
+
+    def magnetization(self, theta: ArrayLike) -> NDArray[np.float64]:
+        """x, y and z of the free and z of the semi-solid pool at the echoes, shape (S, T, 4).
+
+        In units of the equilibrium magnetization of both pools together; arguments and errors as
+        for `control_slopes`.
+        """
+        theta = self._checked(theta)
+        return cycle.magnetization(self.train, self._tissue(theta), self.saturation)
+
+    def _scale(self, theta: NDArray[np.float64]) -> NDArray[np.float64]:
+        scale = _chain_rule(theta, self.parameters)
+        # Without a semi-solid pool nothing depends on its relaxation and exchange. Rounding would
+        # remain, 1e-18, and nobody downstream could tell it from a derivative.
+        empty = theta[:, self.index("m0s")] == 0
+        for name in {"Rx", "T1s", "T2s"}.intersection(self.names):
+            scale[self.index(name), empty] = 0
+        return scale
 
     def _checked(self, theta: ArrayLike) -> NDArray[np.float64]:
         theta = checked(theta, self.parameters)
@@ -185,11 +226,58 @@ class SinglePool(Named):
         theta = checked(theta, self.parameters)
         return cycle.signals(self.train, self._tissue(theta), None)[:, 0]
 
+    def of(self, train: PulseTrain) -> SinglePool:
+        """The same model of another train."""
+        return SinglePool(train, self.names)
+
+    def control_slopes(
+        self, theta: ArrayLike, by_signal: ArrayLike, by_jacobian: ArrayLike | None = None
+    ) -> ControlSlopes:
+        """Slopes by flip angles and durations; arguments, result and errors as for `TwoPool`."""
+        theta = checked(theta, self.parameters)
+        scale = _chain_rule(theta, self.parameters)
+        return _control_slopes(
+            self, theta, self._tissue(theta), None, scale, by_signal, by_jacobian
+        )
+
+    def magnetization(self, theta: ArrayLike) -> NDArray[np.float64]:
+        """x, y and z at the echoes and a zero, shape (S, T, 4)."""
+        theta = checked(theta, self.parameters)
+        return cycle.magnetization(self.train, self._tissue(theta), None)
+
     def _tissue(self, theta: NDArray[np.float64]) -> NDArray[np.float64]:
         tissue = _physical(theta, self.parameters)
         # Equal rates keep the closed form of the recovery on its exact branch.
         tissue[kernels.R1S] = tissue[kernels.R1F]
         return tissue
+
+
+def _control_slopes(
+    model: TwoPool | SinglePool,
+    theta: NDArray[np.float64],
+    tissue: NDArray[np.float64],
+    saturation: Saturation | None,
+    scale: NDArray[np.float64],
+    by_signal: ArrayLike,
+    by_jacobian: ArrayLike | None,
+) -> ControlSlopes:
+    sets, samples = ("S", len(theta)), ("T", model.n_samples)
+    by_signal = _checks.finite("slopes by the signal", by_signal)
+    _checks.shape("slopes by the signal", by_signal, [sets, samples])
+    names: tuple[str, ...] = ()
+    rows = [by_signal[:, None]]
+    if by_jacobian is not None:
+        names = model.names
+        by_jacobian = _checks.finite("slopes by the jacobian", by_jacobian)
+        _checks.shape("slopes by the jacobian", by_jacobian, [sets, samples, ("P", len(names))])
+        rows.append(by_jacobian.mT)
+    by_sample = np.concatenate(rows, axis=1).astype(np.complex128, order="C")
+    by = [_SETS[name] for name in names]
+    slopes = cycle.control_slopes(
+        model.train, tissue, saturation, by, scale[: len(names)], by_sample
+    ).sum(axis=0)
+    angle, duration = slopes.reshape(2, *model.train.flip_angle.shape)
+    return ControlSlopes(angle, duration)
 
 
 def _physical(theta: NDArray[np.float64], parameters: Sequence[Parameter]) -> NDArray[np.float64]:
