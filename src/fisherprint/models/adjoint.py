@@ -317,16 +317,19 @@ def backward_pass(
         costate[:, Y] += seeds[i, :, 1]
         # At the echo, which is the end of the precession after the pulse.
         m[0, :CARRIED] = states[i, 0]
-        dm[:, :CARRIED] = states[i, 1:]
+        for p in range(n_directions):
+            dm[p, :CARRIED] = states[i, 1 + p]
         by_time(tissue, two, 1.0, 1.0, m[0], dm, costate, own[_FREE_TIME])
         precess_all_back(f, time, (1.0, 0.0), two, costate)
 
         # The state before the pulse, from the echo before it; the first follows the last.
         m[0, :CARRIED] = states[i - 1, 0]
-        dm[:, :CARRIED] = states[i - 1, 1:]
+        for p in range(n_directions):
+            dm[p, :CARRIED] = states[i - 1, 1 + p]
         precess_all(f, time, phase, two, m, dm)
-        m[:, XS] = 0.0
-        dm[:, XS] = 0.0
+        m[0, XS] = 0.0
+        for p in range(n_directions):
+            dm[p, XS] = 0.0
         steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
         tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
         generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
@@ -335,7 +338,8 @@ def backward_pass(
             ones[k - 1] = 1.0 + shift / k * ones[k]
         for s in range(steps):
             starts[s, 0] = m[0]
-            starts[s, 1:] = dm
+            for p in range(n_directions):
+                starts[s, 1 + p] = dm[p]
             step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
         if i == 0:
             invert_back(tissue, flip_angle[0], crushed, m[0], dm, costate, gathered[0, _ANGLE])
@@ -343,7 +347,8 @@ def backward_pass(
         for s in range(steps - 1, -1, -1):
             if s < steps - 1:
                 m[0] = starts[s, 0]
-                dm[:] = starts[s, 1:]
+                for p in range(n_directions):
+                    dm[p] = starts[s, 1 + p]
                 step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
             now[:] = np.exp(-shift) * costate
             costate[:] = now
@@ -374,8 +379,9 @@ def backward_pass(
         own[_ANGLE] /= steps
 
         costate[:, XS] = 0.0
-        m[0, :CARRIED] = starts[0, 0, :CARRIED]
-        dm[:, :CARRIED] = starts[0, 1:, :CARRIED]
+        m[0] = starts[0, 0]
+        for p in range(n_directions):
+            dm[p] = starts[0, 1 + p]
         by_time(tissue, two, 1.0, 1.0, m[0], dm, costate, own[_FREE_TIME])
         precess_all_back(f, time, phase, two, costate)
         gathered[i] += own

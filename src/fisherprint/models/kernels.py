@@ -252,21 +252,24 @@ def second_pass(
     samples = np.empty((n_pulses, 1 + n_directions, 2, LANES))
     terms = np.empty((0, 1 + n_directions, 5, LANES))
     m[0, : start.shape[0]] = start
-    dm[:, : start.shape[0]] = slopes
+    for p in range(n_directions):
+        dm[p, : start.shape[0]] = slopes[p]
     for i in range(n_pulses):
         f, time = free[which_time[i]], free_time[which_time[i]]
         precess_all(f, time, phase, two, m, dm)
         steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
         tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
         generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
-        m[:, XS] = 0.0
-        dm[:, XS] = 0.0
+        m[0, XS] = 0.0
+        for p in range(n_directions):
+            dm[p, XS] = 0.0
         for _ in range(steps):
             step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
         if i == 0:
             for p in range(n_directions):
                 invert(tissue, flip_angle[0], crushed, dm, p)
-            invert_source(tissue, flip_angle[0], crushed, m, dm)
+            if n_directions > 0:
+                invert_source(tissue, flip_angle[0], crushed, m, dm)
             invert(tissue, flip_angle[0], crushed, m, 0)
         precess_all(f, time, (1.0, 0.0), two, m, dm)
         for lane in range(LANES):
@@ -278,7 +281,8 @@ def second_pass(
                 samples[i, 1 + p, 1, lane] = dm[p, Y, lane]
         if states.shape[0] > 0:
             states[i, 0] = m[0, :CARRIED]
-            states[i, 1:] = dm[:, :CARRIED]
+            for p in range(n_directions):
+                states[i, 1 + p] = dm[p, :CARRIED]
     return samples, dm
 
 
@@ -316,13 +320,16 @@ def step(
         terms: receives what H is applied to in each term, shape (order + 1, 1 + D, 5, LANES), the
             k-th by k; not kept if empty.
     """
-    r[:] = m
-    dr[:] = dm
+    # Vector by vector: numba damages memory when it assigns to a slice of an empty array.
+    r[0] = m[0]
+    for p in range(dm.shape[0]):
+        dr[p] = dm[p]
     one = 1.0
     for k in range(order, 0, -1):
         if terms.shape[0] > 0:
             terms[k, 0] = r[0]
-            terms[k, 1:] = dr
+            for p in range(dm.shape[0]):
+                terms[k, 1 + p] = dr[p]
         # The derivatives first: their source is the value from before.
         for p in range(dm.shape[0]):
             term(h, 1.0 / k, 0.0, saturation != SINGLE, dm, dr, p)
@@ -736,6 +743,8 @@ def periodic_slopes(left: Array, end: Array) -> Array:
     """
     carried = left.shape[1]
     slopes = np.empty((end.shape[0], carried, LANES))
+    if end.shape[0] == 0:
+        return slopes  # the solver writes beyond right-hand sides without columns
     for lane in range(LANES):
         right = np.ascontiguousarray(end[:, :carried, lane].T)
         slopes[:, :, lane] = np.linalg.solve(left[lane], right).T
