@@ -157,8 +157,9 @@ def train_gradient(
     carried = start.shape[0]
     slopes = np.zeros((n_directions, carried, LANES))
     states = np.zeros((n_pulses, 1 + n_directions, CARRIED, LANES))
-    # From derivatives of zero to the periodic ones; then with these.
-    for repeat in range(2):
+    # From derivatives of zero to the periodic ones; then with these. Once if there are none.
+    passes = 2 if n_directions > 0 else 1
+    for repeat in range(passes):
         _, end = second_pass(
             tissue,
             saturation,
@@ -174,7 +175,7 @@ def train_gradient(
             slopes,
             states,
         )
-        if repeat == 0:
+        if repeat < passes - 1:
             slopes = periodic_slopes(left, end)
 
     n_voxels = min(LANES, out.shape[0] - first)
@@ -196,10 +197,10 @@ def train_gradient(
                 seeds[i, p, 1, lane] = factor * slope.imag
 
     # Costates at the end of the cycle: of the derivatives now, of the magnetization once the
-    # costate is known that it leaves at the start.
+    # costate is known that it leaves at the start, or now if there are no derivatives.
     start_costate = np.zeros((1 + n_directions, carried, LANES))
     for i in range(n_pulses):
-        for p in range(1, 1 + n_directions):
+        for p in range(passes - 1, 1 + n_directions):
             for j in range(carried):
                 for lane in range(LANES):
                     start_costate[p, j, lane] += (
@@ -208,10 +209,11 @@ def train_gradient(
                     )
     costate = np.zeros((1 + n_directions, 5, LANES))
     closing(left, start_costate, costate)
-    costate[0] = 0.0
+    if n_directions > 0:
+        costate[0] = 0.0
     gathered = np.zeros((n_pulses, 6, LANES))
     # The second time without derivatives and samples: what the closing adds.
-    for repeat in range(2):
+    for repeat in range(passes):
         backward_pass(
             tissue,
             saturation,
@@ -228,7 +230,7 @@ def train_gradient(
             costate,
             gathered,
         )
-        if repeat == 0:
+        if repeat < passes - 1:
             left_over = np.zeros((1, carried, LANES))
             left_over[0] = costate[0, :carried]
             costate = np.zeros((1, 5, LANES))
@@ -285,12 +287,10 @@ def backward_pass(
 ) -> None:
     """From the costate at the end of the cycle to that at its start, gathering slopes.
 
-    Args:
-        states: magnetization and derivatives at the echoes, shape (N, 1 + D, 4, LANES); further
-            ones as for `train_gradient`.
-        seeds: ∂J/∂(x and y at the echoes), shape (N, 1 + D, 2, LANES).
-        costate: at the end; becomes that at the start, shape (1 + D, 5, LANES).
-        gathered: slopes of each pulse, to which those of this pass are added, (N, 6, LANES).
+    Of the arguments that `train_gradient` has not, `states` are magnetization and derivatives at
+    the echoes, shape (N, 1 + D, 4, LANES), `seeds` ∂J/∂(x and y at the echoes), (N, 1 + D, 2,
+    LANES). The costate at the end, (1 + D, 5, LANES), becomes that at the start, and `gathered`,
+    (N, 6, LANES), receives the slopes of each pulse, added to what it has.
     """
     two = saturation != SINGLE
     n_pulses, n_directions = flip_angle.size, states.shape[1] - 1
@@ -528,9 +528,7 @@ def term_back(h: Array, c: float, costate: Array, out: Array) -> None:
                 h[H_TRANSVERSE, lane] * x + h[H_B0, lane] * y - h[H_B1, lane] * z
             )
             out[j, Y, lane] = c * (h[H_TRANSVERSE, lane] * y - h[H_B0, lane] * x)
-            out[j, Z, lane] = c * (
-                h[H_Z, lane] * z + h[H_B1, lane] * x + h[H_ZS_Z, lane] * zs
-            )
+            out[j, Z, lane] = c * (h[H_Z, lane] * z + h[H_B1, lane] * x + h[H_ZS_Z, lane] * zs)
             out[j, ZS, lane] = c * (
                 h[H_ZS, lane] * zs + h[H_Z_ZS, lane] * z + h[H_SATURATE, lane] * xs
             )
@@ -541,7 +539,7 @@ def term_back(h: Array, c: float, costate: Array, out: Array) -> None:
 def free_source_back(
     tissue: Array, two: bool, tau: float, angle: float, costate: Array, out: Array
 ) -> None:
-    """Add to the magnetization's costate what the derivatives owe to it, of free pool and exchange.
+    """Add to the costate of the magnetization what the derivatives owe to it.
 
     The transposes of `kernels.free_source` and `kernels.exchange_source`.
     """
@@ -551,14 +549,14 @@ def free_source_back(
             - angle * costate[1 + BY_B1, Z, lane]
         )
         out[0, Y, lane] -= tau * (costate[1 + BY_R2F, Y, lane] + costate[1 + BY_B0, X, lane])
-        out[0, Z, lane] += (
-            angle * costate[1 + BY_B1, X, lane] - tau * costate[1 + BY_R1F, Z, lane]
-        )
+        out[0, Z, lane] += angle * costate[1 + BY_B1, X, lane] - tau * costate[1 + BY_R1F, Z, lane]
     if two:
         row = 1 + (BY_R1S if costate.shape[0] > 1 + BY_R1S else BY_R1F)
         for lane in range(LANES):
             m0s = tissue[M0S, lane]
-            by_m0s = tissue[RX, lane] * (costate[1 + BY_M0S, ZS, lane] - costate[1 + BY_M0S, Z, lane])
+            by_m0s = tissue[RX, lane] * (
+                costate[1 + BY_M0S, ZS, lane] - costate[1 + BY_M0S, Z, lane]
+            )
             by_rx = costate[1 + BY_RX, Z, lane] - costate[1 + BY_RX, ZS, lane]
             out[0, Z, lane] += tau * (by_m0s - m0s * by_rx)
             out[0, ZS, lane] += tau * (by_m0s + (1 - m0s) * by_rx - costate[row, ZS, lane])
@@ -590,11 +588,8 @@ def invert_back(
 ) -> None:
     """Transposes of `kernels.invert` and `kernels.invert_source`; the slope by the angle is added.
 
-    Args:
-        m: magnetization before the inversion of the free pool, shape (5, LANES).
-        dm: its derivatives, shape (D, 5, LANES).
-        costate: after it; becomes that before it.
-        by_angle: receives the slope, shape (LANES,).
+    Magnetization m and derivatives dm are those before the inversion of the free pool; the
+    costate after it becomes that before it.
     """
     for lane in range(LANES):
         b1 = tissue[B1, lane]

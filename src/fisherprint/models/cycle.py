@@ -23,6 +23,10 @@ Signals = NDArray[np.complex128]
 
 _KINDS = {None: kernels.SINGLE, "linearized": kernels.LINEARIZED, "graham": kernels.GRAHAM}
 
+# numba declares the call of a compiled function without arguments.
+_signal_kernel: Any = kernels.train_signal
+_gradient_kernel: Any = adjoint.train_gradient
+
 _log = logging.getLogger("fisherprint")
 # Taken by the first of the threads that find nothing compiled, and kept.
 _unsaid = {kernel: threading.Lock() for kernel in (kernels.train_signal, adjoint.train_gradient)}
@@ -64,7 +68,7 @@ def signals(
     result = np.empty((tissue.shape[1], 1 + len(by), train.n_samples), dtype=np.complex128)
 
     def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
-        kernels.train_signal(*arguments, result, first, column)
+        _signal_kernel(*arguments, result, first, column)
 
     _for_groups(train, tissue, saturation, by, scale, play)
     return result
@@ -80,9 +84,8 @@ def control_slopes(
 ) -> Array:
     """From ∂J/∂(signal and derivatives) to ∂J/∂(flip angles and durations), exactly.
 
-    Args:
-        by_sample: ∂J/∂Re + i ∂J/∂Im of what `signals` gives with the same other arguments, shape
-            (S, 1 + D, T).
+    The last argument, shape (S, 1 + D, T), is ∂J/∂Re + i ∂J/∂Im of what `signals` gives with the
+    same other arguments.
 
     Returns:
         ∂J/∂α in 1/rad and ∂J/∂TRF in 1/s of each parameter set, shape (S, 2, T).
@@ -115,7 +118,7 @@ def _backward(
     states = np.empty((size, kernels.CARRIED, train.n_samples))
 
     def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
-        adjoint.train_gradient(*arguments, by_sample, slopes, states, first, column)
+        _gradient_kernel(*arguments, by_sample, slopes, states, first, column)
 
     _for_groups(train, tissue, saturation, by, scale, play)
     return slopes, states

@@ -232,11 +232,9 @@ def second_pass(
 ) -> tuple[Array, Array]:
     """The cycle for the periodic state, with given derivatives at its start.
 
-    Args:
-        start: the periodic state, shape (C, LANES); further ones as for `train_signal`.
-        slopes: its derivatives, shape (D, C, LANES).
-        states: receives magnetization and derivatives at each echo, shape (N, 1 + D, 4, LANES);
-            with N = 0 they are not kept.
+    Of the arguments that `train_signal` has not, `start` is the periodic state, shape (C, LANES),
+    `slopes` its derivatives, (D, C, LANES), and `states` receives magnetization and derivatives
+    at each echo, (N, 1 + D, 4, LANES); with N = 0 they are not kept.
 
     Returns:
         x and y at the echoes, of the signal and of its derivatives, shape (N, 1 + D, 2, LANES);
@@ -304,21 +302,10 @@ def step(
 ) -> None:
     """One step of a pulse, exp(Hτ) of the magnetization and its derivatives, in place.
 
-    Args:
-        tissue: as for `train_signal`.
-        saturation: likewise.
-        h: of `generator`.
-        tau: length of the step in s.
-        angle: of its rotation in rad.
-        shift: of `series`.
-        order: likewise.
-        inversion: of which only the semi-solid pool is played.
-        m: magnetization, shape (1, 5, LANES).
-        dm: its derivatives, shape (D, 5, LANES).
-        r: room of the shape of m.
-        dr: room of the shape of dm.
-        terms: receives what H is applied to in each term, shape (order + 1, 1 + D, 5, LANES), the
-            k-th by k; not kept if empty.
+    The generator h has the angle of one step of length τ; shift and order are of `series`; of an
+    inversion only the semi-solid pool is played. With r and dr there is room for the terms, and
+    `terms`, shape (order + 1, 1 + D, 5, LANES), receives the k-th by k, to which H is applied; if
+    empty they are not kept.
     """
     # Vector by vector: numba damages memory when it assigns to a slice of an empty array.
     r[0] = m[0]

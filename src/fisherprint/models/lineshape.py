@@ -437,7 +437,7 @@ def splines(u: float) -> _Splines:
 
 @numba.njit(forceinline=True)
 def bends(u: float) -> tuple[float, float, float, float, float, float]:
-    """Second derivatives of the six splines of a cell: B_j'' = c_{j−2} − 2 c_{j−1} + c_j, cubic."""
+    """Second derivatives of the six splines by cubic ones, B_j'' = c_{j−2} − 2 c_{j−1} + c_j."""
     t = 1 - u
     c0, c3 = t**3 / 6, u**3 / 6
     c1 = (1 + 3 * t * (1 + t * u)) / 6

@@ -132,7 +132,7 @@ class TwoPool(Named):
         Args:
             theta: parameter sets, shape (S, P), SI units.
             by_signal: ∂J/∂Re s + i ∂J/∂Im s of a number J, shape (S, T).
-            by_jacobian: the same by the Jacobian, shape (S, T, P); J does not depend on it if None.
+            by_jacobian: the same by the Jacobian, shape (S, T, P); None: J does not depend on it.
 
         Returns:
             ∂J/∂α and ∂J/∂TRF, each summed over the parameter sets.
@@ -142,7 +142,13 @@ class TwoPool(Named):
         """
         theta = self._checked(theta)
         return _control_slopes(
-            self, theta, self._tissue(theta), self.saturation, self._scale(theta), by_signal, by_jacobian
+            self,
+            theta,
+            self._tissue(theta),
+            self.saturation,
+            self._scale(theta),
+            by_signal,
+            by_jacobian,
         )
 
     def magnetization(self, theta: ArrayLike) -> NDArray[np.float64]:
