@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,11 +133,12 @@ class PulseTrain:
         inversion: Inversion | None = None,
         phase_increment: float | None = None,
     ) -> PulseTrain:
-        """Read a train from `.mat` (v5, v7.3), `.h5` or `.toml`.
+        """Read a train from `.mat` (v5, v7.3), `.h5`, `.toml` or `.seq`.
 
         A `.mat` file has the keys `alpha` (rad) and `TRF` (s), one train a column; our own
         formats have `flip_angle`, `pulse_duration` (trains, pulses), `repetition_time`,
-        `inversion` and `phase_increment`.
+        `inversion` and `phase_increment`. Of a `.seq` file, as `pulseq.write` makes it, angles
+        and durations are those of its pulses; it needs the optional package pypulseq.
 
         Args:
             path: the file; its suffix says the format.
@@ -146,9 +150,16 @@ class PulseTrain:
         Raises:
             UnreadableFileError: no such file, damaged, foreign, or without a key.
             ValueError: contents that are no pulse train, or that disagree with an argument.
+            ImportError: a `.seq` file without pypulseq.
         """
         path = Path(path)
-        readers = {".mat": _read_mat, ".h5": _read_hdf5, ".hdf5": _read_hdf5, ".toml": _read_toml}
+        readers = {
+            ".mat": _read_mat,
+            ".h5": _read_hdf5,
+            ".hdf5": _read_hdf5,
+            ".toml": _read_toml,
+            ".seq": _read_seq,
+        }
         if path.suffix.lower() not in readers:
             raise _storage.UnreadableFileError(
                 f"expected a pulse train as {_checks.listing(readers)}; got {path}. "
@@ -295,6 +306,121 @@ def _read_toml(path: Path) -> _Contents:
         content["repetition_time"],
         content.get("inversion"),
         content.get("phase_increment"),
+    )
+
+
+def load_pypulseq() -> Any:
+    """The optional package pypulseq.
+
+    Raises:
+        ImportError: it is not installed; the message says how to.
+    """
+    try:
+        import pypulseq
+    except ImportError as error:
+        raise ImportError(
+            "Pulseq files need the optional package pypulseq, which is not installed. "
+            'Install it: pip install "fisherprint[pulseq]".'
+        ) from error
+    return pypulseq
+
+
+def _read_seq(path: Path) -> _Contents:
+    """Trains of a Pulseq file of `pulseq.write`: what its pulses play, checked in all cycles."""
+    pypulseq = load_pypulseq()
+    _require_signature(path)
+    sequence = pypulseq.Sequence()
+    with warnings.catch_warnings():
+        # It warns of files of other versions, and leaves open a file that it cannot read.
+        warnings.simplefilter("ignore")
+        try:
+            sequence.read(str(path), remove_duplicates=False)
+        except Exception as error:  # many kinds
+            traceback.clear_frames(error.__traceback__)
+            raise _storage.UnreadableFileError(
+                f"expected a Pulseq file; {path} cannot be read: {error!r}. Export it again."
+            ) from error
+    keys = ["RepetitionTime", "PhaseIncrement", "Inversion", "Trains", "PulsesPerCycle"]
+    for key in (*keys, "Cycles", "DummyCycles"):
+        if key not in sequence.definitions:
+            raise _foreign(
+                path, f"the definition {key}", _checks.listing(sorted(sequence.definitions))
+            )
+    time, increment = (float(sequence.definitions[key]) for key in keys[:2])
+    n_trains, n_pulses, cycles, dummies = (
+        int(sequence.definitions[key])
+        for key in ("Trains", "PulsesPerCycle", "Cycles", "DummyCycles")
+    )
+    blocks = np.array(list(sequence.block_events.values()), dtype=np.int64).reshape(-1, 7)
+    played = np.flatnonzero(blocks[:, 1])
+    if len(played) != n_trains * (dummies + cycles) * n_pulses:
+        raise _foreign(
+            path,
+            f"{n_trains} x {dummies + cycles} cycles of {n_pulses} pulses",
+            f"{len(played)} pulses",
+        )
+    known, which = np.unique(blocks[played, 1], return_inverse=True)
+    # Flip angle without sign, duration, phase, and the middle of the pulse in its block.
+    table = np.array([_rectangle(sequence, number, path) for number in known])
+    angle, duration, phase, middle = table[which].T
+    starts = np.r_[0, np.cumsum(list(sequence.block_durations.values()))[:-1]]
+    spacing = np.diff(starts[played] + middle)
+    if np.abs(spacing - time).max() > 1.01 * sequence.rf_raster_time:
+        raise _foreign(
+            path,
+            f"pulses every {time} s",
+            f"distances of {spacing.min():.9g} to {spacing.max():.9g} s",
+        )
+    # The magnetization turns against the pulses; the inversion acts about an axis a quarter turn
+    # from that of the other pulses.
+    expected = -increment * np.arange(len(played))
+    expected[::n_pulses] += np.pi / 2
+    sign = np.cos(phase - expected)
+    if np.abs(np.abs(sign) - 1).max() > 1e-6:
+        number = int(np.abs(np.abs(sign) - 1).argmax())
+        raise _foreign(
+            path,
+            f"phases that change by {-increment} rad",
+            f"{phase[number]:.6g} rad at pulse {number} of the scan",
+        )
+    shape = (n_trains, dummies + cycles, n_pulses)
+    angle, duration = (np.sign(sign) * angle).reshape(shape), duration.reshape(shape)
+    for what, values in (("flip angles", angle), ("pulse durations", duration)):
+        if np.ptp(values, axis=1).max() > 1e-9:
+            raise _foreign(path, f"the same {what} in each cycle", "others in some")
+    return angle[:, 0], duration[:, 0], time, str(sequence.definitions["Inversion"]), increment
+
+
+def _require_signature(path: Path) -> None:
+    """The last section of a Pulseq file hashes what precedes it; pypulseq does not look."""
+    _storage.require_file(path)
+    content, mark, signature = (
+        path.read_bytes().replace(b"\r\n", b"\n").rpartition(b"\n[SIGNATURE]")
+    )
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if not mark or digest.encode() not in signature:
+        what = "another signature than its contents have" if mark else "none"
+        raise _storage.UnreadableFileError(
+            f"expected a Pulseq file that ends with its signature; {path} has {what}: it is "
+            "truncated, was changed, or is no such file. Export or copy it again."
+        )
+
+
+def _rectangle(sequence: Any, number: int, path: Path) -> tuple[float, float, float, float]:
+    """Flip angle, duration, phase and the middle in its block, of a rectangular pulse."""
+    pulse = sequence.rf_from_lib_data(sequence.rf_library.data[number])
+    height, duration = np.abs(pulse.signal), float(pulse.t[-1] - pulse.t[0])
+    if duration <= 0 or np.ptp(height) > 1e-6 * height.max():
+        raise _foreign(path, "rectangular pulses", f"another shape in RF event {number}")
+    angle = 2 * np.pi * float(np.trapezoid(height, pulse.t))
+    phase = float(pulse.phase_offset + np.angle(pulse.signal[0]))
+    return angle, duration, phase, float(pulse.delay + (pulse.t[0] + pulse.t[-1]) / 2)
+
+
+def _foreign(path: Path, expected: str, got: str) -> _storage.UnreadableFileError:
+    return _storage.UnreadableFileError(
+        f"expected a Pulseq file of a pulse train, as `fisherprint export` writes it, with "
+        f"{expected}; {path} has {got}. Give a file of this kind, or the train itself."
     )
 
 
