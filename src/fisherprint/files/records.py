@@ -15,6 +15,7 @@ import torch
 
 from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
+from fisherprint.design import Round
 from fisherprint.evaluate import Audit, Score
 from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import SPLITS, DataSet, Finished, Reduced, Shard
@@ -25,6 +26,15 @@ _FORMAT = 1
 _BOUND_ATTRIBUTES = ("theta", "coefficients", "crb_signal", "crb_coefficients")
 _AUDIT_ARRAYS = ("snr", "truth", "crb", "bias", "variance")
 _SCORE_ARRAYS = ("loss_by_parameter", "standard_error_by_parameter")
+_ROUND_NUMBERS = (
+    "number",
+    "best_cost",
+    "cost",
+    "excess",
+    "penalty",
+    "evaluations",
+    "converged",
+)
 _SCORE_NUMBERS = ("loss", "standard_error", "n_used", "n_unbounded", "n_failed")
 
 
@@ -49,6 +59,47 @@ def write_toml(path: str | Path, content: Mapping[str, Any]) -> None:
 def to_toml(content: Mapping[str, Any]) -> str:
     """The TOML text of nested tables."""
     return tomli_w.dumps(content)
+
+
+def write_search(path: str | Path, state: Round, design: str) -> None:
+    """Store where the search for a train stands, and the design that it belongs to."""
+    with _storage.new_hdf5(Path(path)) as file:
+        file.attrs["format"] = _FORMAT
+        file.attrs["design"] = design
+        for name in ("train", "best"):
+            getattr(state, name).write_to(file.create_group(name))
+        for name in _ROUND_NUMBERS:
+            file.attrs[name] = getattr(state, name)
+        file.attrs["relative"] = json.dumps(dict(state.relative))
+        file["multipliers"] = state.multipliers
+
+
+def read_search(path: str | Path) -> tuple[Round, str]:
+    """What `write_search` stored.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, or of another kind or version.
+    """
+    path = Path(path)
+    with _storage.open_hdf5(path) as file:
+        if file.attrs.get("format") != _FORMAT or "design" not in file.attrs:
+            raise UnreadableFileError(
+                f"expected the search for a train in {path}; got another file, or one of another "
+                "version. Begin anew with --force."
+            )
+        trains = {name: PulseTrain.read_from(file[name]) for name in ("train", "best")}
+        numbers = {name: file.attrs[name].item() for name in _ROUND_NUMBERS}
+        relative = json.loads(file.attrs["relative"])
+        return (
+            Round(
+                train=trains["train"],
+                best=trains["best"],
+                relative=relative,
+                multipliers=file["multipliers"][()],
+                **numbers,
+            ),
+            str(file.attrs["design"]),
+        )
 
 
 def write_text(path: str | Path, text: str) -> None:
