@@ -58,7 +58,7 @@ BRAIN = """
 [brain]
 voxel_size = 12.0
 """
-COMMANDS = ("simulate", "train", "evaluate", "map", "report", "run", "demo")
+COMMANDS = ("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo")
 
 
 class Result(NamedTuple):
@@ -280,9 +280,10 @@ def test_the_report_shows_every_stage(finished: tuple[Path, Path]) -> None:
     page = (finished[1] / "report.html").read_text()
     for heading in (
         *("A tiny run", "Digital brain", "Loss and its shares", "Convergence", "Pulse train"),
-        "What compression costs",
+        *("Magnetization", "Bound maps", "Bounds against B0 and B1", "What compression costs"),
     ):
-        assert heading in page
+        assert f"{heading}</h" in page
+    assert "√CRB of the 6 coefficients" in page
     # The whole of the provenance: what was asked for, and what it was made with.
     assert "voxel_size = 12.0" in page
     assert short_train().digest in page

@@ -315,3 +315,80 @@ def test_values_must_be_finite(bad):
         fp.crb(signal, jacobian)
     with pytest.raises(ValueError, match="the Fisher information must be finite; got 1 NaN"):
         fisher.bounds(np.diag([1, np.nan])[None])
+
+
+def matrix(*columns, noise_std=1.0):
+    """Information of one sample whose last two columns are those of M0 = 1."""
+    G = np.array(columns).T
+    parameters, signal = G[:, :-1], G[:, -1]
+    return fisher.information(signal[None], parameters[None], noise_std=noise_std)[0]
+
+
+def independent(n, T=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return list(rng.normal(size=(n, T)) + 1j * rng.normal(size=(n, T)))
+
+
+def test_a_regular_information_confounds_nothing():
+    assert fisher.confounded(matrix(*independent(4)), ("a", "b", "c")) == ()
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-9, 1e9])
+def test_proportional_derivatives_form_a_group_in_any_unit(unit):
+    a, b, c, s = independent(4)
+    F = matrix(a, b, -3 * unit * a, c, s)
+    assert fisher.confounded(F, ("a", "b", "a'", "c")) == (("a", "a'"),)
+    assert np.isinf(fisher.bounds(F)).tolist() == [True, False, True, False, False, False]
+
+
+def test_groups_are_as_small_as_the_null_space_allows():
+    a, b, c, d, s = independent(5)
+    names = ("a", "b", "sum", "c", "none", "2c", "3c", "d")
+    F = matrix(a, b, 1e6 * (a + b), c, 0 * c, 2 * c, 3e-6 * c, d, s)
+    # One direction of three, two directions of three, one of one; d is seen.
+    assert fisher.confounded(F, names) == (("a", "b", "sum"), ("c", "2c", "3c"), ("none",))
+    assert fisher.explained(("none",)) == "none has no effect on the signal"
+    assert fisher.explained(("a", "b", "sum")) == "a, b and sum cannot be told apart"
+
+
+def test_a_parameter_may_be_confounded_with_the_scale():
+    a, s = independent(2)
+    # It turns the signal as M0 does; a change of both parts of M0 takes all three.
+    assert fisher.confounded(matrix(a, 1j * s, s), ("a", "φ")) == (("φ", "Im M0"),)
+    both = matrix(a, (1 + 1j) * s, s)
+    assert fisher.confounded(both, ("a", "φ")) == (("φ", "Re M0", "Im M0"),)
+    # All unknowns may be named, too.
+    assert fisher.confounded(both, ("a", "φ", "x", "y")) == (("φ", "x", "y"),)
+
+
+def test_confounded_needs_a_finite_matrix_with_names():
+    F = matrix(*independent(3))
+    with pytest.raises(ValueError, match=r"information must have the axes \(Q=3, Q=3\); got"):
+        fisher.confounded(F, ("a", "b", "c"))
+    with pytest.raises(ValueError, match="must be finite"):
+        fisher.confounded(F * np.nan, ("a", "b"))
+
+
+def test_an_empty_semi_solid_pool_hides_its_parameters_one_by_one(short_train, white_matter):
+    theta = white_matter.copy()
+    theta[NAMES.index("m0s")] = 0
+    out = fp.TwoPool(short_train).simulate(theta[None])
+    F = fisher.information(out.signal, out.jacobian, noise_std=1.0)[0]
+    assert fisher.confounded(F, NAMES) == (("Rx",), ("T2s",))
+
+
+def test_the_error_says_what_cannot_be_told_apart():
+    signal, jacobian = random_problem()
+    jacobian[..., 3] = -2 * jacobian[..., 1]
+    jacobian[0, :, 3] = jacobian[0, :, 0]
+    jacobian[0, :, 1] = 0
+    with pytest.raises(SingularInformationError) as caught:
+        fp.crb(signal, jacobian, names=("m0s", "T1", "T2f", "Rx"))
+    # T1 and Rx in four samples; in one T1 alone, and Rx with m0s.
+    assert caught.value.names == ("T1", "Rx")
+    assert caught.value.groups == (("T1", "Rx"),)
+    assert "(T1 and Rx cannot be told apart), with an infinite bound of T1, Rx" in str(
+        caught.value
+    )
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.groups) == (str(caught.value), caught.value.groups)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components
 
 from fisherprint import _checks
 
@@ -16,6 +18,12 @@ _SINGULAR = 1e-13
 # above the rounding of an eigenvector, far below a true participation.
 _INVOLVED = 1e-6
 
+# The two unknowns that every information has after the parameters.
+SCALE = ("Re M0", "Im M0")
+
+Group = tuple[str, ...]
+"""Unknowns that cannot be told apart; one alone has no effect on the signal."""
+
 
 class SingularInformationError(ArithmeticError):
     """No unbiased estimator with finite variance exists.
@@ -23,22 +31,34 @@ class SingularInformationError(ArithmeticError):
     Attributes:
         information: the singular Fisher information, shape (S, P + 2, P + 2).
         names: parameters whose bound is infinite in every sample.
+        groups: of unknowns that cannot be told apart, those with these parameters in them.
     """
 
-    def __init__(self, information: NDArray[np.float64], names: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        information: NDArray[np.float64],
+        names: tuple[str, ...],
+        groups: tuple[Group, ...] = (),
+    ) -> None:
         self.information = information
         self.names = names
+        self.groups = groups
+        why = f" ({'; '.join(map(explained, groups))})" if groups else ""
         super().__init__(
             "expected a signal that depends on each parameter in its own way; got a singular "
-            f"Fisher information, with an infinite bound of {_checks.listing(names)} in every "
-            "sample. Leave these parameters out, keep more coefficients, or change the sequence."
+            f"Fisher information{why}, with an infinite bound of {_checks.listing(names)} in "
+            "every sample. Leave these parameters out, keep more coefficients, or change the "
+            "sequence."
         )
 
     # Exceptions are rebuilt from their message; worker processes need the rest.
     def __reduce__(
         self,
-    ) -> tuple[type[SingularInformationError], tuple[NDArray[np.float64], tuple[str, ...]]]:
-        return SingularInformationError, (self.information, self.names)
+    ) -> tuple[
+        type[SingularInformationError],
+        tuple[NDArray[np.float64], tuple[str, ...], tuple[Group, ...]],
+    ]:
+        return SingularInformationError, (self.information, self.names, self.groups)
 
 
 def information(
@@ -83,15 +103,64 @@ def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
         ValueError: F is not finite.
     """
     _checks.finite("the Fisher information", information)
-    diagonal = np.diagonal(information, axis1=-2, axis2=-1)
-    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    values, vectors = np.linalg.eigh(scale[..., :, None] * information * scale[..., None, :])
+    scale, values, vectors = _equilibrated(information)
     null = values < _SINGULAR
     shares = vectors**2
     inverse = np.where(null, 0.0, 1 / np.where(null, 1.0, values))
     variance = scale**2 * (shares * inverse[..., None, :]).sum(-1)
     lost = (shares * null[..., None, :]).sum(-1) > _INVOLVED
     return np.where(lost, np.inf, variance)
+
+
+def _equilibrated(
+    information: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """D, Λ and V of D F D = V Λ Vᵀ, whose diagonal is 1, or 0 where that of F is."""
+    diagonal = np.diagonal(information, axis1=-2, axis2=-1)
+    scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    values, vectors = np.linalg.eigh(scale[..., :, None] * information * scale[..., None, :])
+    return scale, values, vectors
+
+
+def confounded(information: NDArray[np.float64], names: Sequence[str]) -> tuple[Group, ...]:
+    r"""The groups of unknowns that a singular Fisher information cannot tell apart.
+
+    With N an orthonormal basis of the null space of the equilibrated F, the entry i, j of N Nᵀ is
+    zero unless a direction without information moves i and j together; the groups are the
+    connected components. A group of one has no effect on the signal.
+
+    Args:
+        information: F of one sample, shape (Q, Q).
+        names: of the Q unknowns, or of the P = Q − 2 parameters, whom those of M0 follow.
+
+    Returns:
+        Groups in the order of the unknowns; none if F is regular.
+
+    Raises:
+        ValueError: F is not finite, or of another size than the names say.
+    """
+    _checks.finite("the Fisher information", information)
+    if len(names) == len(information) - len(SCALE):
+        names = (*names, *SCALE)
+    _checks.shape("the Fisher information", information, [("Q", len(names)), ("Q", len(names))])
+    _, values, vectors = _equilibrated(information)
+    null = vectors[:, values < _SINGULAR]
+    shared = null @ null.T
+    share = np.diagonal(shared)
+    involved = np.flatnonzero(share > _INVOLVED)
+    # For a single direction both sides are equal but for the factor.
+    linked = (shared**2 > _INVOLVED * np.outer(share, share))[np.ix_(involved, involved)]
+    n_groups, label = connected_components(linked, directed=False)
+    return tuple(
+        tuple(names[unknown] for unknown in involved[label == group]) for group in range(n_groups)
+    )
+
+
+def explained(group: Group) -> str:
+    """What a group of `confounded` means, in words."""
+    if len(group) == 1:
+        return f"{group[0]} has no effect on the signal"
+    return f"{', '.join(group[:-1])} and {group[-1]} cannot be told apart"
 
 
 def require_determined(
@@ -101,7 +170,7 @@ def require_determined(
 
     Args:
         bounds: of the parameters, shape (S, P).
-        information: what the error shall carry, shape (S', P + 2, P + 2).
+        information: what the error shall carry and explain, shape (S', P + 2, P + 2).
         names: of the P parameters.
 
     Raises:
@@ -110,7 +179,14 @@ def require_determined(
     lost = np.isinf(bounds).all(axis=0) if len(bounds) else np.zeros(len(names), dtype=bool)
     if lost.any():
         hopeless = tuple(names[int(column)] for column in np.flatnonzero(lost))
-        raise SingularInformationError(information, hopeless)
+        # Each hopeless parameter by the group that it is in most often.
+        tallies = {name: Counter[Group]() for name in hopeless}
+        for matrix in information:
+            for group in confounded(matrix, names):
+                for name in tallies.keys() & set(group):
+                    tallies[name][group] += 1
+        usual = (group for tally in tallies.values() for group, _ in tally.most_common(1))
+        raise SingularInformationError(information, hopeless, tuple(dict.fromkeys(usual)))
 
 
 def crb(

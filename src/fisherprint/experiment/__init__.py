@@ -12,7 +12,18 @@ RUN/report.html        all of it in pictures
 
 from __future__ import annotations
 
+from fisherprint.experiment.bound_pages import (
+    BUNDLED,
+    TRAIN_SUFFIXES,
+    Question,
+    bound_table,
+    read_trains,
+    train_page,
+    write_bounds_csv,
+    write_bounds_json,
+)
 from fisherprint.experiment.cluster import workers
+from fisherprint.experiment.designing import Design, design_train, read_design
 from fisherprint.experiment.folder import (
     Run,
     open_run,
@@ -52,17 +63,23 @@ from fisherprint.experiment.stages import (
 )
 
 __all__ = [
+    "BUNDLED",
+    "TRAIN_SUFFIXES",
     "BasisMismatchError",
     "BrainSection",
+    "Design",
     "EvaluationSection",
     "Experiment",
     "ExperimentError",
     "Inputs",
     "MapSection",
     "ModelSection",
+    "Question",
     "Run",
     "SequenceSection",
     "SimulationSection",
+    "bound_table",
+    "design_train",
     "evaluate_run",
     "forecast_run",
     "inputs",
@@ -74,6 +91,8 @@ __all__ = [
     "open_run",
     "read",
     "read_data",
+    "read_design",
+    "read_trains",
     "report_run",
     "require_absent",
     "run_all",
@@ -81,7 +100,10 @@ __all__ = [
     "simulate_run",
     "start",
     "summary",
+    "train_page",
     "train_run",
     "versions",
     "workers",
+    "write_bounds_csv",
+    "write_bounds_json",
 ]

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from fisherprint import evaluate as evaluation
 from fisherprint import files, maps, report, simulate
+from fisherprint.experiment import bound_pages
 from fisherprint.experiment.folder import Run, read_data, region_file, versions
 from fisherprint.experiment.schema import shareable
 from fisherprint.parameters import Parameter
@@ -62,8 +63,14 @@ def report_run(run: Run) -> Path:
             "1 is what a maximally efficient unbiased estimator scores (Fig. 3 of the paper)."
         )
         sections.append(report.Section("Convergence", caption, figure))
-    caption = "Flip angle and duration of each pulse; the triangle is the inversion."
-    sections.append(report.Section("Pulse train", caption, report.draw_train(pulses)))
+    trains, models = {"train": pulses}, {"train": model}
+    sections.append(bound_pages.train_section(trains))
+    # The slow reference has no magnetization to show, and takes minutes for a map.
+    if experiment.model.saturation != "generalized Bloch":
+        sections += bound_pages.magnetization_sections(trains, models)
+        sections += bound_pages.bound_sections(
+            trains, models, bound_pages.Question(), bases={"train": data.basis}, shown=described
+        )
     caption = (
         f"By how much {data.basis.rank} coefficients raise the bound of the variance, compared "
         f"with the whole signal. The basis holds {data.energy:.5%} of the signals' energy."

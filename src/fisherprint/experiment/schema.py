@@ -18,7 +18,7 @@ from pydantic import (
 from fisherprint import files, sequence, train
 from fisherprint.models import SinglePool, TwoPool
 from fisherprint.models.cycle import Saturation
-from fisherprint.models.protocol import SignalModel
+from fisherprint.models.protocol import PulsedModel, SignalModel
 from fisherprint.parameters import Prior, TruncatedNormal, Uniform, paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
 from fisherprint.subspace import Basis
@@ -201,13 +201,13 @@ def read(path: Path | None, *, data: Path | None = None) -> Experiment:
     try:
         experiment = Experiment.model_validate(content)
     except ValidationError as error:
-        raise ExperimentError(f"{path}: {_explained(error)}") from error
+        raise ExperimentError(f"{path}: {explained(error)}") from error
     folder = (where / experiment.data if data is None else data).resolve()
     return _moved(experiment.model_copy(update={"data": folder}), lambda path: folder / path)
 
 
-def _explained(error: ValidationError) -> str:
-    """One line for each field that does not fit."""
+def explained(error: ValidationError) -> str:
+    """What is wrong with a file, one line for each field that does not fit."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"]) or "(top level)"
@@ -271,7 +271,11 @@ class Inputs(NamedTuple):
 
 def model(experiment: Experiment, train: PulseTrain) -> SignalModel:
     """The signal model of an experiment: nothing else in the stages knows which one it is."""
-    section = experiment.model
+    return signal_model(experiment.model, train)
+
+
+def signal_model(section: ModelSection, train: PulseTrain) -> PulsedModel:
+    """The model that a section describes, of a train."""
     if "m0s" not in section.parameters and "T2" in section.parameters:
         return SinglePool(train, section.parameters)
     return TwoPool(train, section.parameters, saturation=section.saturation)

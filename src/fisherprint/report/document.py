@@ -14,10 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fisherprint import _checks
+from fisherprint import _checks, fisher
+from fisherprint.bounds import BoundTable
 from fisherprint.evaluate import Audit, Score
 from fisherprint.parameters import Parameter
-from fisherprint.report.figures import number
+from fisherprint.report.figures import number, percent
 from fisherprint.report.images import Named
 
 _DPI = 150
@@ -135,11 +136,98 @@ def roi_table(
                 cell += f"<br><small>expected {number(parameter.display_factor * known)}</small>"
             cells.append(cell)
         rows.append(cells)
-    head = [
-        _html_symbol(p) + (f" ({escape(p.display_unit)})" if p.display_unit else "")
-        for p in parameters
-    ]
+    head = [_with_unit(parameter) for parameter in parameters]
     return _table(["voxels", *head], rows, corner="region")
+
+
+def bounds_table(table: BoundTable) -> str:
+    """√CRB of each tissue and train in displayed units, as HTML; below it that over the value.
+
+    Of each train after the first, also its ratio to the first; what is not seen is explained.
+    """
+    rows = []
+    for s, tissue in enumerate(table.tissues):
+        for train, label in enumerate(table.trains):
+            for observed, root in table.observed.items():
+                relative, ratio = table.relative(root), table.ratio(root)
+                which = [label] if len(table.trains) > 1 else []
+                which += [observed] if len(table.observed) > 1 else []
+                cells = []
+                for column, parameter in enumerate(table.parameters):
+                    place = train, s, column
+                    if not np.isfinite(root[place]):
+                        cells.append("not seen")
+                        continue
+                    cell = number(parameter.display_factor * float(root[place]))
+                    below = []
+                    if np.isfinite(relative[place]):
+                        below.append(percent(float(relative[place])))
+                    if train > 0 and np.isfinite(ratio[place]):
+                        below.append(f"× {number(float(ratio[place]))}")
+                    cells.append(_lines(cell, *below))
+                rows.append([_lines(tissue, *which), *cells])
+    unknown = ", ".join(parameter.name for parameter in table.parameters)
+    note = (
+        "√CRB, the least standard deviation of an unbiased estimate, at SNR "
+        f"{table.snr:g} (|M0|/σ of one cycle) and a scan of {table.scan_time:.3g} s; below it "
+        "that over the value"
+        + (f", and over the bound of {table.trains[0]}" if len(table.trains) > 1 else "")
+        + f". Unknowns: {unknown} and complex M0."
+    )
+    head = [_with_unit(parameter) for parameter in table.parameters]
+    return _table(head, rows, corner="tissue") + "".join(map(_note, [note, *_reasons(table)]))
+
+
+def bound_lines(table: BoundTable) -> tuple[list[str], list[list[str]], list[str]]:
+    """The same as text: titles of the columns, rows, and notes below.
+
+    A row for each tissue and parameter; of each train √CRB in displayed units, that over the
+    value, and for trains after the first its ratio to the first.
+    """
+    head = ["tissue", "parameter", "value"]
+    several = len(table.observed) > 1
+    for train, label in enumerate(table.trains):
+        for observed in table.observed:
+            head += [f"{label}\n{observed}" if several else label, "/ value"]
+            head += ["ratio"] if train > 0 else []
+    rows = []
+    for s, tissue in enumerate(table.tissues):
+        for column, parameter in enumerate(table.parameters):
+            unit = f" ({parameter.display_unit})" if parameter.display_unit else ""
+            factor = parameter.display_factor
+            cells = ["" if column else tissue, parameter.name + unit]
+            cells.append(number(factor * float(table.theta[s, column])))
+            for train in range(len(table.trains)):
+                for root in table.observed.values():
+                    value = float(root[train, s, column])
+                    share = float(table.relative(root)[train, s, column])
+                    cells.append(number(factor * value) if np.isfinite(value) else "not seen")
+                    cells.append(percent(share) if np.isfinite(share) else "")
+                    if train > 0:
+                        cells.append(number(float(table.ratio(root)[train, s, column])))
+            rows.append(cells)
+    unknown = ", ".join(parameter.name for parameter in table.parameters)
+    cycles = (
+        f"{label} {count:.3g} x {duration:.3g} s"
+        for label, count, duration in zip(table.trains, table.cycles, table.durations, strict=True)
+    )
+    notes = [
+        f"√CRB at SNR {table.snr:g} (|M0|/σ of one cycle) and a scan of {table.scan_time:.3g} s "
+        f"({', '.join(cycles)}).",
+        f"Unknowns: {unknown} and complex M0."
+        + (f" Known: {', '.join(table.known)}." if table.known else ""),
+        *_reasons(table),
+    ]
+    return head, rows, notes
+
+
+def _reasons(table: BoundTable) -> list[str]:
+    """Why something is not seen, of each tissue and train."""
+    return [
+        f"Not seen in {tissue} by {train}: {'; '.join(map(fisher.explained, groups))}."
+        for (train, tissue), groups in table.confounded.items()
+        if groups
+    ]
 
 
 def page(
@@ -272,6 +360,11 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>\n'
 
 
+def _lines(first: str, *small: str) -> str:
+    """Lines of a cell, the further ones in small print."""
+    return "<br>".join([escape(first), *(f"<small>{escape(text)}</small>" for text in small)])
+
+
 def _html_symbol(parameter: Parameter) -> str:
     """The LaTeX symbol as HTML: Greek letters and indices; the name if there is more to it."""
     text = escape(parameter.symbol.strip("$"))
@@ -283,6 +376,11 @@ def _html_symbol(parameter: Parameter) -> str:
         index = rf"{re.escape(mark)}(?:\{{([^{{}}]*)\}}|(\w))"
         text = re.sub(index, rf"<{tag}>\1\2</{tag}>", text)
     return escape(parameter.name) if re.search(r"[\\{}^_]", text) else f"<i>{text}</i>"
+
+
+def _with_unit(parameter: Parameter) -> str:
+    unit = f" ({escape(parameter.display_unit)})" if parameter.display_unit else ""
+    return _html_symbol(parameter) + unit
 
 
 def _greek(command: re.Match[str]) -> str:

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from fisherprint import _checks
 from fisherprint.evaluate import Audit, Shares
 from fisherprint.parameters import Parameter
-from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import DataSet
 
 if TYPE_CHECKING:
@@ -39,43 +38,6 @@ _LOSS_LABELS = {
     "mse": "mean squared error (mixed units)",
     "relative": "mean relative absolute error",
 }
-
-
-def draw_train(train: PulseTrain) -> Figure:
-    """Flip angle and pulse duration against time, trains one after the other.
-
-    Inversions are triangles; the lines join the other pulses.
-    """
-    figure = Figure((PAGE_WIDTH, 4.4), layout="constrained")
-    figure.set_label("Flip angle and pulse duration of each pulse against time")
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    n_trains, n_pulses = train.flip_angle.shape
-    # The pulse is in the middle of its repetition.
-    time = (np.arange(train.n_samples).reshape(n_trains, n_pulses) + 0.5) * train.repetition_time
-    for axes, values, label in (
-        (upper, np.rad2deg(train.flip_angle), "flip angle (°)"),
-        (lower, 1e6 * train.pulse_duration, "pulse duration (µs)"),
-    ):
-        for start, pulses in zip(time, values, strict=True):
-            axes.plot(start[1:], pulses[1:], color=VARIANCE, linewidth=1)
-        axes.plot(
-            time[:, 0],
-            values[:, 0],
-            "v",
-            color=BIAS,
-            clip_on=False,
-            label=f"{train.inversion} inversion",
-        )
-        for boundary in np.arange(1, n_trains) * n_pulses * train.repetition_time:
-            axes.axvline(boundary, color="0.6", linewidth=0.8, linestyle=":")
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=min(0, 1.05 * values.min()))
-        _plain(axes)
-    upper.set_yticks(np.arange(0, 181, 45))
-    lower.set_xlabel("time (s)")
-    lower.set_xlim(0, train.duration)
-    _legend_above(figure, upper)
-    return figure
 
 
 def convergence(log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Figure:
@@ -114,7 +76,7 @@ def convergence(log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Fig
     axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel=_LOSS_LABELS[loss_name])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    _plain(axes)
+    plain(axes)
     # The losses lie over the learning rate, whose axes would else be drawn last.
     axes.set_zorder(rate.get_zorder() + 1)
     axes.patch.set_visible(False)
@@ -157,7 +119,7 @@ def loss_shares(
         axes.plot(audit.snr[order], floor, ":", color=BIAS, linewidth=1, label=label)
         axes.set(title=title, xlabel="SNR$_{max}$")
     panels[0].set_ylabel("share of the loss")
-    _legend_above(figure, panels[0])
+    legend_above(figure, panels[0])
     return figure
 
 
@@ -222,11 +184,11 @@ def shares_by_bound(audit: Audit, parameters: Sequence[Parameter], *, snr: float
             binned = Shares(*(np.array([x[b].mean() for b in bins]) for x in (bias, variance)))
             _draw_shares(axes, np.array([np.median(bound[b]) for b in bins]), binned)
         else:
-            _say_empty(axes)
+            say_empty(axes)
         unit = f" ({parameter.display_unit})" if parameter.display_unit else ""
         axes.set(title=parameter.symbol, xlabel=rf"$\sqrt{{\mathrm{{CRB}}}}${unit}")
     panels[0].set_ylabel("share of the loss")
-    _legend_above(figure, panels[0])
+    legend_above(figure, panels[0])
     return figure
 
 
@@ -278,7 +240,7 @@ def compression_cost(
     axes.set_ylim(len(parameters) - 0.5, -0.5)
     axes.set_xlabel(f"CRB of the {data.basis.rank} coefficients / CRB of the signal")
     _label_log(axes.xaxis)
-    _plain(axes)
+    plain(axes)
     return figure
 
 
@@ -291,6 +253,14 @@ def number(value: float) -> str:
     exponent = int(f"{value:.2e}".split("e")[1])
     text = f"{value:.{max(0, 2 - exponent)}f}" if -4 <= exponent < 6 else f"{value:.2e}"
     return text.replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """A share in per cent with two significant digits, and no more than a hundredfold."""
+    if share >= 100:
+        return "> 10000 %"
+    digits = 0 if share >= 0.0995 else 1 if share >= 0.00995 else 2
+    return f"{100 * share:.{digits}f} %"
 
 
 def _level(audit: Audit, snr: float) -> int:
@@ -315,11 +285,12 @@ def _grid(n: int, label: str, *, sharey: bool = False) -> tuple[Figure, list[Axe
     for axes in panels[n:]:
         axes.remove()
     for axes in panels[:n]:
-        _plain(axes)
+        plain(axes)
     return figure, panels[:n]
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """A faint grid, and axes on two sides alone."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -329,12 +300,14 @@ def _line_at_one(axes: Axes) -> None:
     axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
 
 
-def _legend_above(figure: Figure, axes: Axes) -> None:
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """One legend over the figure, of what is drawn in `axes`."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
 
 
-def _say_empty(axes: Axes) -> None:
+def say_empty(axes: Axes) -> None:
+    """Say that there is nothing to draw."""
     axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center")
 
 
@@ -362,7 +335,7 @@ def _histogram(axes: Axes, values: Floats, *, ideal: float, color: str) -> None:
     """Histogram of the middle 98 %, the median, and how many values lie beside it."""
     values = values[np.isfinite(values)]
     if not values.size:
-        _say_empty(axes)
+        say_empty(axes)
         return
     low, high = np.percentile(values, (1, 99))
     low, high = min(low, ideal), max(high, ideal)
