@@ -108,7 +108,6 @@ def train_gradient(
     place: Integers,
     by_sample: NDArray[np.complex128],
     out: Array,
-    magnetization: Array,
     first: int,
     column: int,
 ) -> None:
@@ -128,7 +127,6 @@ def train_gradient(
         place: their places in `by_sample`, shape (D,).
         by_sample: ∂J/∂Re + i ∂J/∂Im of the signal and of its derivatives, shape (S, D + 1, T).
         out: receives ∂J/∂α in 1/rad and ∂J/∂TRF in 1/s, shape (S, 2, T).
-        magnetization: receives x, y, z and zs at the echoes, shape (S, 4, T).
         first: row of `by_sample` and `out` for the first of the voxels.
         column: their column for the first pulse.
     """
@@ -179,13 +177,6 @@ def train_gradient(
             slopes = periodic_slopes(left, end)
 
     n_voxels = min(LANES, out.shape[0] - first)
-    for i in range(n_pulses):
-        for c in range(CARRIED):
-            for lane in range(n_voxels):
-                magnetization[first + lane, c, column + i] = states[i, 0, c, lane]
-    if by_sample.shape[0] == 0:
-        return
-
     seeds = np.zeros((n_pulses, 1 + n_directions, 2, LANES))
     for lane in range(n_voxels):
         for p in range(1 + n_directions):
@@ -304,8 +295,7 @@ def backward_pass(
     r = np.zeros((1, 5, LANES))
     dm = np.zeros((n_directions, 5, LANES))
     dr = np.zeros((n_directions, 5, LANES))
-    starts = np.empty((most_steps, 1 + n_directions, 5, LANES))
-    terms = np.empty((most_terms + 1, 1 + n_directions, 5, LANES))
+    terms = np.empty((most_steps, most_terms + 1, 1 + n_directions, 5, LANES))
     ones = np.empty(most_terms + 1)
     now = np.zeros((1 + n_directions, 5, LANES))
     then = np.zeros((1 + n_directions, 5, LANES))
@@ -337,19 +327,11 @@ def backward_pass(
         for k in range(order, 1, -1):
             ones[k - 1] = 1.0 + shift / k * ones[k]
         for s in range(steps):
-            starts[s, 0] = m[0]
-            for p in range(n_directions):
-                starts[s, 1 + p] = dm[p]
-            step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
+            step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms[s])
         if i == 0:
             invert_back(tissue, flip_angle[0], crushed, m[0], dm, costate, gathered[0, _ANGLE])
         costate[:, XS] = 0.0
         for s in range(steps - 1, -1, -1):
-            if s < steps - 1:
-                m[0] = starts[s, 0]
-                for p in range(n_directions):
-                    dm[p] = starts[s, 1 + p]
-                step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
             now[:] = np.exp(-shift) * costate
             costate[:] = now
             for k in range(1, order + 1):
@@ -360,8 +342,8 @@ def backward_pass(
                     i == 0,
                     1.0 / k,
                     ones[k],
-                    terms[k, 0],
-                    terms[k, 1:],
+                    terms[s, k, 0],
+                    terms[s, k, 1:],
                     now,
                     own,
                 )
@@ -379,9 +361,10 @@ def backward_pass(
         own[_ANGLE] /= steps
 
         costate[:, XS] = 0.0
-        m[0] = starts[0, 0]
+        # The first of the terms is the state before the pulse.
+        m[0] = terms[0, order, 0]
         for p in range(n_directions):
-            dm[p] = starts[0, 1 + p]
+            dm[p] = terms[0, order, 1 + p]
         by_time(tissue, two, 1.0, 1.0, m[0], dm, costate, own[_FREE_TIME])
         precess_all_back(f, time, phase, two, costate)
         gathered[i] += own

@@ -25,11 +25,15 @@ _KINDS = {None: kernels.SINGLE, "linearized": kernels.LINEARIZED, "graham": kern
 
 # numba declares the call of a compiled function without arguments.
 _signal_kernel: Any = kernels.train_signal
+_states_kernel: Any = kernels.train_states
 _gradient_kernel: Any = adjoint.train_gradient
 
 _log = logging.getLogger("fisherprint")
 # Taken by the first of the threads that find nothing compiled, and kept.
-_unsaid = {kernel: threading.Lock() for kernel in (kernels.train_signal, adjoint.train_gradient)}
+_unsaid = {
+    kernel: threading.Lock()
+    for kernel in (kernels.train_signal, kernels.train_states, adjoint.train_gradient)
+}
 
 
 def compiled(kernel: Any = kernels.train_signal) -> bool:
@@ -90,38 +94,37 @@ def control_slopes(
     Returns:
         ∂J/∂α in 1/rad and ∂J/∂TRF in 1/s of each parameter set, shape (S, 2, T).
     """
-    return _backward(train, tissue, saturation, by, scale, np.ascontiguousarray(by_sample))[0]
+    _refuse_integration(saturation)
+    _say_once(adjoint.train_gradient, "its adjoint, once after installation (about a minute)")
+    by_sample = np.ascontiguousarray(by_sample)
+    result = np.empty((tissue.shape[1], 2, train.n_samples))
+
+    def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
+        _gradient_kernel(*arguments, by_sample, result, first, column)
+
+    _for_groups(train, tissue, saturation, by, scale, play)
+    return result
 
 
 def magnetization(train: PulseTrain, tissue: Array, saturation: Saturation | None) -> Array:
     """x, y and z of the free and z of the semi-solid pool at the echoes, shape (S, T, 4)."""
-    none = np.empty((0, 1, train.n_samples), dtype=np.complex128)
-    return _backward(train, tissue, saturation, (), None, none)[1].mT
+    _refuse_integration(saturation)
+    _say_once(kernels.train_states, "the magnetization, once after installation (20 seconds)")
+    result = np.empty((tissue.shape[1], kernels.CARRIED, train.n_samples))
+
+    def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
+        _states_kernel(*arguments, result, first, column)
+
+    _for_groups(train, tissue, saturation, (), None, play)
+    return result.mT
 
 
-def _backward(
-    train: PulseTrain,
-    tissue: Array,
-    saturation: Saturation | None,
-    by: Sequence[str],
-    scale: Array | None,
-    by_sample: Signals,
-) -> tuple[Array, Array]:
+def _refuse_integration(saturation: Saturation | None) -> None:
     if saturation == "generalized Bloch":
         raise ValueError(
             "expected the saturation `linearized` or `graham`; got `generalized Bloch`, the slow "
-            "reference, which is for signals alone. Design with one of the others."
+            "reference, which is for signals and their derivatives alone. Take one of the others."
         )
-    _say_once(adjoint.train_gradient, "its adjoint, once after installation (about a minute)")
-    size = tissue.shape[1]
-    slopes = np.zeros((size, 2, train.n_samples))
-    states = np.empty((size, kernels.CARRIED, train.n_samples))
-
-    def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
-        _gradient_kernel(*arguments, by_sample, slopes, states, first, column)
-
-    _for_groups(train, tissue, saturation, by, scale, play)
-    return slopes, states
 
 
 def _say_once(kernel: Any, what: str) -> None:

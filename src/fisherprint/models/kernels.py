@@ -160,6 +160,72 @@ def train_signal(
     write(samples, tangents, slopes, scale, place, out, first, column)
 
 
+@numba.njit(cache=True, fastmath=_FAST, nogil=True)
+def train_states(
+    tissue: Array,
+    saturation: int,
+    crushed: bool,
+    flip_angle: Array,
+    pulse_duration: Array,
+    free_time: Array,
+    which_time: Integers,
+    phase: tuple[float, float],
+    table: Array,
+    scale: Array,
+    place: Integers,
+    out: Array,
+    first: int,
+    column: int,
+) -> None:
+    """Periodic magnetization of one train for LANES voxels: x, y, z and zs at the echoes.
+
+    Arguments as for `train_signal`, of which `scale` and `place` are empty and `out` has the shape
+    (S, 4, T).
+    """
+    n_pulses = flip_angle.size
+    free = np.empty((free_time.size, _FREE, LANES))
+    for u in range(free_time.size):
+        precession(tissue, free_time[u], free[u])
+    rates = np.zeros((n_pulses, 3, LANES))
+    if saturation != SINGLE:
+        log_t2s = np.log(tissue[T2S])
+        for i in range(n_pulses):
+            saturate(
+                tissue,
+                log_t2s,
+                saturation,
+                flip_angle[i],
+                pulse_duration[i],
+                table,
+                False,
+                rates[i],
+            )
+    _, last = first_pass(
+        tissue, saturation, crushed, flip_angle, pulse_duration, free, which_time, phase, rates
+    )
+    _, start = periodic(last)
+    states = np.zeros((n_pulses, 1, CARRIED, LANES))
+    second_pass(
+        tissue,
+        saturation,
+        crushed,
+        flip_angle,
+        pulse_duration,
+        free,
+        free_time,
+        which_time,
+        phase,
+        rates,
+        start,
+        np.empty((0, start.shape[0], LANES)),
+        states,
+    )
+    for lane in range(min(LANES, out.shape[0] - first)):
+        for c in range(CARRIED):
+            for i in range(n_pulses):
+                out[first + lane, c, column + i] = states[i, 0, c, lane]
+
+
 @numba.njit(fastmath=_FAST, forceinline=True)
 def first_pass(
     tissue: Array,
