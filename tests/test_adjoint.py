@@ -82,9 +82,7 @@ def test_several_trains_and_another_phase_increment(short_train):
 
         def along(change, name=name, direction=direction, size=size):
             values = getattr(train, name) + change * size * direction
-            return linear(
-                TwoPool(replace(train, **{name: values})), theta, by_signal, by_jacobian
-            )
+            return linear(TwoPool(replace(train, **{name: values})), theta, by_signal, by_jacobian)
 
         found = size * (getattr(slopes, name) * direction).sum()
         # As above.

@@ -58,7 +58,10 @@ BRAIN = """
 [brain]
 voxel_size = 12.0
 """
-COMMANDS = ("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo")
+COMMANDS = (
+    *("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo"),
+    *("design", "export"),
+)
 
 
 class Result(NamedTuple):

@@ -35,7 +35,9 @@ _MARGIN = 2e-3
 # Eigenvalues of the equilibrated information, from 1 down, below which nothing is seen.
 _SINGULAR = 1e-13
 # How much the penalties of violated limits grow from round to round, and where they begin.
-_GROWTH, _FIRST_PENALTY, _LAST_PENALTY = 2.0, 10.0, 1e3
+_GROWTH, _FIRST_PENALTY, _LAST_PENALTY = 4.0, 30.0, 1e4
+# Longest first step of a round, of any control, which go from 0 to 1.
+_FIRST_STEP = 0.02
 # Corrections that L-BFGS remembers.
 _MEMORY = 30
 
@@ -459,23 +461,26 @@ def random_start(
 ) -> PulseTrain:
     """A smooth random train within the limits: where to start when there is no better idea.
 
-    Flip angles and durations are cubic splines with a knot every 25 pulses; angles are drawn
-    towards their lower limit until all limits are kept.
+    Flip angles and durations are cubic splines with a knot every 25 pulses, drawn towards the
+    smallest angles and the longest pulses until all limits are kept.
 
     Raises:
-        LimitsError: not even the smallest angles keep them.
+        LimitsError: not even these keep them.
     """
     basis = _spline_matrix(pulses - 1, max(4, pulses // 25))
-    shapes = basis @ rng.uniform(0, 1, (2, basis.shape[1], 1))
-    low, high = limits.pulse_duration
-    duration = np.r_[inversion_duration, low + (high - low) * shapes[1, :, 0]]
-    low, high = limits.flip_angle
-    high = min(high, np.pi / 2)
+    angles, durations = (basis @ rng.uniform(0, 1, (2, basis.shape[1], 1)))[..., 0]
+    smallest, largest = limits.flip_angle[0], min(limits.flip_angle[1], np.pi / 2)
+    shortest, longest = limits.pulse_duration
     for weight in 0.95 ** np.arange(200):
-        angle = np.r_[np.pi, low + weight * (high - low) * shapes[0, :, 0]]
-        train = PulseTrain(angle, duration, repetition_time, inversion)
-        if weight == 1.0:
-            limits.require_room(train)
+        angle = smallest + weight * (largest - smallest) * angles
+        duration = longest - weight * (longest - shortest) * durations
+        train = PulseTrain(
+            np.r_[np.pi, angle],
+            np.r_[inversion_duration, duration],
+            repetition_time,
+            inversion,
+        )
+        limits.require_room(train)
         train = limits.on_raster(train)
         if not limits.broken(train):
             return train
@@ -622,13 +627,21 @@ def _round(
             used += size
         return value, controls.pull(*slopes)
 
+    # The first step of L-BFGS is the slope itself; it must be short on the scale of the controls.
+    _, slopes = lagrangian(start)
+    factor = min(1.0, _FIRST_STEP / max(float(np.abs(slopes).max()), 1e-300))
+
+    def shortened(x: Floats) -> tuple[float, Floats]:
+        value, slopes = lagrangian(x)
+        return factor * value, factor * slopes
+
     result = minimize(
-        lagrangian,
+        shortened,
         start,
         jac=True,
         method="L-BFGS-B",
         bounds=[(0, 1)] * start.size,
-        options={"maxiter": iterations, "maxcor": _MEMORY, "ftol": 1e-10, "gtol": 1e-8},
+        options={"maxiter": iterations, "maxcor": _MEMORY, "ftol": 1e-10, "gtol": 1e-9},
     )
     train = controls.train(result.x)
     now = cost(model.of(train), goal)
@@ -656,7 +669,7 @@ def _round(
         multipliers,
         penalty,
         state.evaluations + evaluations + 1,
-        converged=n_knots is None and result.nit <= 1 and largest < _MARGIN,
+        converged=n_knots is None and result.success and result.nit <= 1 and largest < _MARGIN,
     )
 
 
