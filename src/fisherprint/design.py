@@ -38,6 +38,8 @@ _SINGULAR = 1e-13
 _GROWTH, _FIRST_PENALTY, _LAST_PENALTY = 4.0, 30.0, 1e4
 # Longest first step of a round, of any control, which go from 0 to 1.
 _FIRST_STEP = 0.02
+# A round that changes the cost by less, relatively, was the last.
+_NO_PROGRESS = 1e-7
 # Corrections that L-BFGS remembers.
 _MEMORY = 30
 
@@ -669,7 +671,11 @@ def _round(
         multipliers,
         penalty,
         state.evaluations + evaluations + 1,
-        converged=n_knots is None and result.success and result.nit <= 1 and largest < _MARGIN,
+        converged=(
+            n_knots is None
+            and largest < _MARGIN
+            and abs(now.value - state.cost) <= _NO_PROGRESS * state.cost
+        ),
     )
 
 

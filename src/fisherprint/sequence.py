@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import traceback
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -228,33 +228,13 @@ class PulseTrain:
         )
 
 
-# The bundled train: values at equidistant knots, found by minimizing the mean √CRB/θ of m0s, T1
-# and T2f with as much RF power as the paper's train (docs/decisions/003-bundled-train.md).
-_KNOT_ANGLES = (
-    *(1.14, 0.02, 0.03, 0.40, 1.22, 0.09, 0.11, 0.07, 0.13),
-    *(0.06, 0.15, 1.22, 0.02, 0.65, 0.10, 1.60, 0.05, 0.32),
-)  # rad
-_KNOT_DURATIONS = (304, 353, 465, 491, 206, 413, 301, 193, 224, 460, 493, 379)  # µs
-
-
 def bundled() -> PulseTrain:
     """The train that comes with the package: 1142 pulses, TR 3.5 ms (4 s), crushed inversion.
 
-    Smooth: after the inversion (π in 500 µs), flip angles and durations go from knot to knot along
-    half cosines.
+    `fisherprint design designs/bundled.toml` found it (docs/decisions/003-bundled-train.md).
     """
-    angle = _half_cosines(_KNOT_ANGLES, 1141)
-    duration = 1e-6 * _half_cosines(_KNOT_DURATIONS, 1141)
-    return PulseTrain(np.r_[np.pi, angle], np.r_[500e-6, duration], 3.5e-3)
-
-
-def _half_cosines(knots: Sequence[float], size: int) -> NDArray[np.float64]:
-    """Values at `size` equidistant points through equidistant knots, flat at each of them."""
-    values = np.array(knots, dtype=np.float64)
-    position = np.linspace(0, len(values) - 1, size)
-    before = np.minimum(position.astype(int), len(values) - 2)
-    weight = (1 - np.cos(np.pi * (position - before))) / 2
-    return values[before] * (1 - weight) + values[before + 1] * weight
+    with resources.as_file(resources.files("fisherprint") / "bundled.toml") as path:
+        return PulseTrain.read(path)
 
 
 # Angles and durations as the file has them; repetition time, inversion and phase increment if it
