@@ -522,7 +522,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     _, err = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert err.strip() == "interrupted; finished shards, epochs and stages are kept"
+        assert err.strip() == "interrupted; finished shards, epochs, rounds and stages are kept"
         # Whatever was being written is gone.
         assert not list(run.rglob(".part-*"))
     else:
@@ -689,7 +689,7 @@ def test_an_interrupt_before_the_commands_is_one_too(monkeypatch: pytest.MonkeyP
     err = io.StringIO()
     with contextlib.redirect_stderr(err), pytest.raises(LeftError):
         cli.main()
-    assert err.getvalue() == "interrupted; finished shards, epochs and stages are kept\n"
+    assert err.getvalue() == "interrupted; finished shards, epochs, rounds and stages are kept\n"
 
 
 def test_a_missing_experiment_is_explained(tmp_path: Path) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fisherprint import _checks, design, files
 from fisherprint.experiment import tissues
 from fisherprint.experiment.schema import (
     ExperimentError,
     ModelSection,
+    Positive,
+    Table,
     explained,
     signal_model,
 )
@@ -23,22 +24,17 @@ from fisherprint.models.protocol import PulsedModel
 from fisherprint.parameters import paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
 
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Range = tuple[float, float]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StartSection(_Section):
+class StartSection(Table):
     """Where the search starts: a train from a file, or a smooth random one."""
 
     path: Path | None = Field(None, description=".toml, .h5, .mat or .seq")
-    repetition_time: _Positive | None = Field(None, description="TR in s; 3.5e-3 if random")
+    repetition_time: Positive | None = Field(None, description="TR in s; 3.5e-3 if random")
     inversion: Inversion | None = Field(None, description="crushed or spoiled; crushed if random")
     pulses: int | None = Field(None, ge=12, description="of a random start; 1142 if not given")
-    inversion_duration: _Positive | None = Field(
+    inversion_duration: Positive | None = Field(
         None, description="of a random start in s; 500e-6 if not given"
     )
     seed: int | None = Field(None, ge=0, description="of a random start; 0 if not given")
@@ -54,10 +50,10 @@ class StartSection(_Section):
         return self
 
 
-class GoalSection(_Section):
+class GoalSection(Table):
     """What the train shall see: the weighted sum of √CRB/θ over parameters, mean over tissues."""
 
-    weights: dict[str, _Positive] = Field(
+    weights: dict[str, Positive] = Field(
         {"m0s": 1.0, "T1": 1.0, "T2f": 1.0}, min_length=1, description="by parameter"
     )
     tissues: tuple[str, ...] = Field(
@@ -66,7 +62,7 @@ class GoalSection(_Section):
         description="names of tissues, or of tables in [tissue]",
     )
     B0: tuple[float, ...] = Field((0.0,), min_length=1, description="rad/s, each with each B1")
-    B1: tuple[_Positive, ...] = Field((1.0,), min_length=1, description="relative")
+    B1: tuple[Positive, ...] = Field((1.0,), min_length=1, description="relative")
     known: tuple[str, ...] = Field((), description="parameters that need not be estimated")
     phase_known: bool = Field(False, description="whether M0 is real, its size alone unknown")
     rank: int | None = Field(
@@ -92,22 +88,22 @@ class GoalSection(_Section):
         return self
 
 
-class LimitsSection(_Section):
+class LimitsSection(Table):
     """Limits of the train, SI units; `design.Limits` tells which of them are hard."""
 
     flip_angle: _Range = Field((0.0, float(np.pi)), description="rad; hard")
     pulse_duration: _Range = Field((100e-6, 500e-6), description="s; hard")
-    rf_power: _Positive | None = Field(None, description="mean ω1² in (rad/s)²")
-    peak_b1: _Positive | None = Field(None, description="ω1 in rad/s")
-    flip_angle_change: _Positive | None = Field(None, description="from pulse to pulse, rad")
-    flip_angle_roughness: _Positive | None = Field(
+    rf_power: Positive | None = Field(None, description="mean ω1² in (rad/s)²")
+    peak_b1: Positive | None = Field(None, description="ω1 in rad/s")
+    flip_angle_change: Positive | None = Field(None, description="from pulse to pulse, rad")
+    flip_angle_roughness: Positive | None = Field(
         None, description="root mean square of the second difference, rad"
     )
-    pulse_duration_change: _Positive | None = Field(None, description="from pulse to pulse, s")
-    raster: _Positive = Field(1e-6, description="of the durations, s")
+    pulse_duration_change: Positive | None = Field(None, description="from pulse to pulse, s")
+    raster: Positive = Field(1e-6, description="of the durations, s")
 
 
-class SearchSection(_Section):
+class SearchSection(Table):
     """How long and how finely to search."""
 
     rounds: int = Field(60, ge=1, description="of L-BFGS, with an update of the penalties after")
@@ -119,7 +115,7 @@ class SearchSection(_Section):
     )
 
 
-class Design(_Section):
+class Design(Table):
     """One schema for DESIGN.toml, the command line and Python."""
 
     title: str = "Pulse train"
@@ -351,11 +347,3 @@ def _line(state: design.Round, wanted: Design) -> str:
         f"round {state.number}: cost {state.cost:.5g}, best within limits {state.best_cost:.5g}; "
         f"√CRB/θ of {kind}, SNR 1: {bounds}{over}"
     )
-
-
-def describe(wanted: Design) -> dict[str, Any]:
-    """The design as TOML can hold it, without the folder of its start."""
-    content = wanted.model_dump(mode="json", exclude_none=True)
-    if wanted.start.path is not None:
-        content["start"]["path"] = wanted.start.path.name
-    return content

@@ -26,18 +26,20 @@ from fisherprint.subspace import Basis
 # Coefficients, as in the paper (§2.4).
 DEFAULT_RANK = 13
 
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
+class Table(BaseModel):
+    """A table of a TOML file: frozen, and an unknown name is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SequenceSection(_Section):
+class SequenceSection(Table):
     """The pulse train; without a path, the one that comes with the package."""
 
     path: Path | None = Field(None, description=".mat (keys alpha, TRF), .h5 or .toml")
-    repetition_time: _Positive | None = Field(None, description="TR in s")
+    repetition_time: Positive | None = Field(None, description="TR in s")
     inversion: Inversion | None = Field(None, description="crushed or spoiled")
     phase_increment: float | None = Field(None, description="from pulse to pulse, in rad; else π")
 
@@ -52,7 +54,7 @@ class SequenceSection(_Section):
         return self
 
 
-class ModelSection(_Section):
+class ModelSection(Table):
     """The two-pool model, or with the parameters T1, T2, B0 and B1 a single pool."""
 
     parameters: tuple[str, ...] = Field(
@@ -65,7 +67,7 @@ class ModelSection(_Section):
     )
 
 
-class SimulationSection(_Section):
+class SimulationSection(Table):
     """The data set."""
 
     training: int = Field(92160, ge=1, description="fingerprints to train with")
@@ -87,10 +89,10 @@ class SimulationSection(_Section):
         return self
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Table):
     """The audit against the bound."""
 
-    snr: tuple[_Positive, ...] = Field(
+    snr: tuple[Positive, ...] = Field(
         (5, 10, 20, 50, 100, 200), min_length=1, description="values of SNRmax"
     )
     n_noise: int = Field(300, ge=2, description="noise realizations of each fingerprint")
@@ -98,7 +100,7 @@ class EvaluationSection(_Section):
     seed: int = Field(1, ge=0)
 
 
-class MapSection(_Section):
+class MapSection(Table):
     """Coefficient images to map."""
 
     coefficients: Path = Field(description=".nii(.gz), .cfl, .npy, .mat or .h5")
@@ -134,15 +136,15 @@ class MapSection(_Section):
         return self
 
 
-class BrainSection(_Section):
+class BrainSection(Table):
     """The digital brain, from the tissue maps that ship with nilearn."""
 
     snr: float = Field(50.0, gt=0, description="SNRmax where |M0| = 1")
-    voxel_size: _Positive = Field(2.0, description="mm")
+    voxel_size: Positive = Field(2.0, description="mm")
     seed: int = Field(2, ge=0)
 
 
-class Experiment(_Section):
+class Experiment(Table):
     """One schema for EXPERIMENT.toml, the command line and Python."""
 
     title: str = "Fisherprint experiment"

@@ -74,8 +74,7 @@ from fisherprint.models.kernels import (
     periodic,
     periodic_slopes,
     precess_all,
-    precession,
-    saturate,
+    prepared,
     second_pass,
     series,
     step,
@@ -131,23 +130,7 @@ def train_gradient(
         column: their column for the first pulse.
     """
     n_pulses, n_directions = flip_angle.size, place.size
-    free = np.empty((free_time.size, _SLOPES + 24, LANES))
-    for u in range(free_time.size):
-        precession(tissue, free_time[u], free[u])
-    rates = np.zeros((n_pulses, 3, LANES))
-    if saturation != SINGLE:
-        log_t2s = np.log(tissue[T2S])
-        for i in range(n_pulses):
-            saturate(
-                tissue,
-                log_t2s,
-                saturation,
-                flip_angle[i],
-                pulse_duration[i],
-                table,
-                True,
-                rates[i],
-            )
+    free, rates = prepared(tissue, saturation, flip_angle, pulse_duration, free_time, table, True)
     samples, last = first_pass(
         tissue, saturation, crushed, flip_angle, pulse_duration, free, which_time, phase, rates
     )

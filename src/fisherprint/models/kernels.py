@@ -113,25 +113,9 @@ def train_signal(
         first: row of `out` for the first of the voxels; those past the last row are left out.
         column: column of `out` for the first pulse.
     """
-    n_pulses = flip_angle.size
-    free = np.empty((free_time.size, _FREE, LANES))
-    for u in range(free_time.size):
-        precession(tissue, free_time[u], free[u])
-    rates = np.zeros((n_pulses, 3, LANES))
-    if saturation != SINGLE:
-        log_t2s = np.log(tissue[T2S])
-        for i in range(n_pulses):
-            saturate(
-                tissue,
-                log_t2s,
-                saturation,
-                flip_angle[i],
-                pulse_duration[i],
-                table,
-                place.size > 0,
-                rates[i],
-            )
-
+    free, rates = prepared(
+        tissue, saturation, flip_angle, pulse_duration, free_time, table, place.size > 0
+    )
     samples, last = first_pass(
         tissue, saturation, crushed, flip_angle, pulse_duration, free, which_time, phase, rates
     )
@@ -183,23 +167,7 @@ def train_states(
     (S, 4, T).
     """
     n_pulses = flip_angle.size
-    free = np.empty((free_time.size, _FREE, LANES))
-    for u in range(free_time.size):
-        precession(tissue, free_time[u], free[u])
-    rates = np.zeros((n_pulses, 3, LANES))
-    if saturation != SINGLE:
-        log_t2s = np.log(tissue[T2S])
-        for i in range(n_pulses):
-            saturate(
-                tissue,
-                log_t2s,
-                saturation,
-                flip_angle[i],
-                pulse_duration[i],
-                table,
-                False,
-                rates[i],
-            )
+    free, rates = prepared(tissue, saturation, flip_angle, pulse_duration, free_time, table, False)
     _, last = first_pass(
         tissue, saturation, crushed, flip_angle, pulse_duration, free, which_time, phase, rates
     )
@@ -224,6 +192,37 @@ def train_states(
         for c in range(CARRIED):
             for i in range(n_pulses):
                 out[first + lane, c, column + i] = states[i, 0, c, lane]
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def prepared(
+    tissue: Array,
+    saturation: int,
+    flip_angle: Array,
+    pulse_duration: Array,
+    free_time: Array,
+    table: Array,
+    slopes: bool,
+) -> tuple[Array, Array]:
+    """Free precession for each time, and the saturation rates of each pulse, (N, 3, LANES)."""
+    free = np.empty((free_time.size, _FREE, LANES))
+    for u in range(free_time.size):
+        precession(tissue, free_time[u], free[u])
+    rates = np.zeros((flip_angle.size, 3, LANES))
+    if saturation != SINGLE:
+        log_t2s = np.log(tissue[T2S])
+        for i in range(flip_angle.size):
+            saturate(
+                tissue,
+                log_t2s,
+                saturation,
+                flip_angle[i],
+                pulse_duration[i],
+                table,
+                slopes,
+                rates[i],
+            )
+    return free, rates
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)
