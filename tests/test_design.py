@@ -168,14 +168,26 @@ def test_any_model_of_a_train(train):
     assert design.cost(model, goal).value == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_cannot_be_seen_is_named(train):
-    # Without a semi-solid pool nothing tells its parameters.
-    theta = np.array([[0.0, 1.1, 0.07, 20.0, 12e-6, 20.0, 0.95]])
-    with pytest.raises(fp.SingularInformationError) as caught:
-        design.cost(TwoPool(train), Goal(theta, {"T1": 1.0}))
-    assert {"Rx", "T2s"} <= set(caught.value.names)
-    known = Goal(theta, {"T1": 1.0}, known=("Rx", "T2s"))
-    assert np.isfinite(design.cost(TwoPool(train), known).value)
+def test_what_cannot_be_seen_is_named(train, theta, drawn):
+    # Without a semi-solid pool nothing tells its exchange; T1 is told as if that were known.
+    empty = np.array([[0.0, 1.1, 0.07, 20.0, 12e-6, 20.0, 0.95]])
+    model = TwoPool(train)
+    unseen = Goal(np.concatenate([theta, empty]), {"T1": 1.0, "Rx": 1.0})
+    with pytest.raises(fp.SingularInformationError, match="Rx has no effect on the signal") as e:
+        design.require_seen(model, unseen)
+    assert e.value.names == ("Rx",)
+    design.require_seen(model, replace(unseen, importance=np.array([1.0, 1.0, 0.0])))
+    seen = Goal(empty, {"T1": 1.0})
+    design.require_seen(model, seen)
+    known = design.cost(model, replace(seen, known=("Rx", "T2s"))).value
+    # The directions without information have none of T1; rounding of two inversions.
+    assert design.cost(model, seen).value == pytest.approx(known, rel=1e-8)
+    # Two coefficients, four real numbers, for nine unknowns.
+    few = Goal(theta, {"T1": 1.0}, rank=2, basis_theta=drawn)
+    with pytest.raises(fp.SingularInformationError, match="cannot be told apart"):
+        design.require_seen(model, few)
+    with pytest.raises(ValueError, match="the weighted m0s is not 0; got 0 in tissue 0"):
+        design.cost(model, Goal(empty, {"m0s": 1.0}))
 
 
 LIMITS = Limits(

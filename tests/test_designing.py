@@ -239,7 +239,7 @@ def test_limits_that_contradict_and_a_start_outside(small, tmp_path):
 
 def test_what_no_train_can_see(small, tmp_path):
     text = SMALL.replace('parameters = ["T1", "T2", "B0", "B1"]', "")
-    text = text.replace('known = ["B0", "B1"]', "").replace("T2 = 2.0 }", "T2f = 2.0 }")
+    text = text.replace('known = ["B0", "B1"]', "").replace("T2 = 2.0 }", "Rx = 2.0 }")
     text = text.replace(
         "T1 = 0.8\nT2 = 0.05", "m0s = 0.0\nT1 = 0.8\nT2f = 0.05\nRx = 20\nT2s = 1e-5"
     )

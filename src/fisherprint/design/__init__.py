@@ -10,7 +10,7 @@ basis as far as it depends on the train, and through the periodic signal and its
 adjoint pass (`models.adjoint`).
 """
 
-from fisherprint.design.goal import Cost, Goal, cost
+from fisherprint.design.goal import Cost, Goal, cost, require_seen
 from fisherprint.design.limits import Limits, LimitsError
 from fisherprint.design.rounds import Round, begin, random_start, search
 
@@ -23,5 +23,6 @@ __all__ = [
     "begin",
     "cost",
     "random_start",
+    "require_seen",
     "search",
 ]

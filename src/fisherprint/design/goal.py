@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -109,44 +109,61 @@ class Cost:
     pulse_duration: Floats
 
 
-def cost(model: PulsedModel, goal: Goal) -> Cost:
-    """Cost of a model's train and its exact slopes by all flip angles and durations.
+def require_seen(model: PulsedModel, goal: Goal) -> None:
+    """Require that a model's train determines each weighted parameter in each tissue that counts.
 
     Raises:
         KeyError: a parameter that the model lacks.
-        SingularInformationError: a weighted parameter that no tissue determines.
-        ValueError: as for the model.
+        SingularInformationError: it does not; it says which unknowns cannot be told apart.
+        ValueError: as for the model, or a weighted parameter is 0, so that √CRB/θ has no value.
     """
-    out = model.simulate(goal.theta)
-    kept = [i for i, name in enumerate(model.names) if name not in goal.known]
-    for name in (*goal.weights, *goal.known):
-        model.index(name)
-    rows = [out.jacobian.mT[:, kept], out.signal[:, None]]
-    if not goal.phase_known:
-        rows.append(1j * out.signal[:, None])
-    g = np.concatenate(rows, axis=1).mT  # (S, T, Q)
-    names = [model.names[i] for i in kept]
+    g, names = _unknowns(model, goal)
+    kinds = [g]
+    if goal.rank is not None and goal.basis_theta is not None:
+        vectors, _ = svd_basis(
+            _basis_signals(model, goal.basis_theta, mirrored=goal.mirrored), goal.rank
+        )
+        kinds.append(vectors.conj().T @ g)
+    for columns in kinds:
+        information = _information(columns)
+        bounds = fisher.bounds(information)
+        for s in np.flatnonzero(goal.shares > 0):
+            lost = tuple(name for name in goal.weights if np.isinf(bounds[s, names.index(name)]))
+            if lost:
+                groups = fisher.confounded(information[s], names)
+                named = tuple(group for group in groups if set(group) & set(lost))
+                raise fisher.SingularInformationError(information[s : s + 1], lost, named)
+
+
+def cost(model: PulsedModel, goal: Goal) -> Cost:
+    """Cost of a model's train and its exact slopes by all flip angles and durations.
+
+    What the train does not see at all counts as if it saw next to nothing, so that a search can
+    come from there; `require_seen` tells.
+
+    Raises:
+        KeyError: a parameter that the model lacks.
+        ValueError: as for the model, or a weighted parameter is 0, so that √CRB/θ has no value.
+    """
+    g, names = _unknowns(model, goal)
     weights = np.zeros((len(goal.theta), g.shape[-1]))
     for name, weight in goal.weights.items():
-        relative_to = goal.theta[:, model.index(name)]
-        weights[:, names.index(name)] = weight * goal.shares / relative_to
+        weights[:, names.index(name)] = weight * goal.shares / _sizes(model, goal, name)
     by_g = np.zeros_like(g)
     angle = np.zeros(model.train.flip_angle.shape)
     duration = np.zeros_like(angle)
     value, roots = 0.0, np.empty(0)
     if goal.rank is None or goal.signal_share > 0:
         share = 1.0 if goal.rank is None else goal.signal_share
-        part, roots, inner = _weighted_bounds(g, share * weights, names)
+        part, roots, inner = _weighted_bounds(g, share * weights)
         value += part
         by_g -= 2 * g @ inner
     if goal.rank is not None and goal.basis_theta is not None:
-        signals = model.signal(goal.basis_theta).T  # (T, B)
-        if goal.mirrored:
-            # Real and imaginary parts span what signals and conjugates do, with the same weights.
-            signals = np.concatenate([signals.real, signals.imag], axis=1)
-        vectors, pull_basis = svd_basis(signals, goal.rank)
+        vectors, pull_basis = svd_basis(
+            _basis_signals(model, goal.basis_theta, mirrored=goal.mirrored), goal.rank
+        )
         reduced = vectors.conj().T @ g  # (S, K, Q)
-        part, roots, inner = _weighted_bounds(reduced, (1 - goal.signal_share) * weights, names)
+        part, roots, inner = _weighted_bounds(reduced, (1 - goal.signal_share) * weights)
         value += part
         by_g -= 2 * vectors @ (reduced @ inner)
         # F = Re(Gᴴ P G) with P = U Uᴴ: the slope by P is -Σ G W Gᴴ, applied to U.
@@ -159,34 +176,72 @@ def cost(model: PulsedModel, goal: Goal) -> Cost:
         slopes = model.control_slopes(goal.basis_theta, by_basis.T)
         angle += slopes.flip_angle
         duration += slopes.pulse_duration
+    kept = _kept(model, goal)
     n = len(kept)
     by_signal = by_g[..., n] - (0 if goal.phase_known else 1j * by_g[..., n + 1])
-    by_jacobian = np.zeros_like(out.jacobian)
+    by_jacobian = np.zeros((*by_signal.shape, len(model.names)), dtype=np.complex128)
     by_jacobian[..., kept] = by_g[..., :n]
     slopes = model.control_slopes(goal.theta, by_signal, by_jacobian)
     relative = {}
     for name in goal.weights:
-        ratios = roots[:, names.index(name)] / goal.theta[:, model.index(name)]
+        ratios = roots[:, names.index(name)] / _sizes(model, goal, name)
         relative[name] = float(goal.shares @ ratios)
     return Cost(value, relative, angle + slopes.flip_angle, duration + slopes.pulse_duration)
 
 
-def _weighted_bounds(
-    g: Complexes, weights: Floats, names: Sequence[str]
-) -> tuple[float, Floats, Floats]:
+def _kept(model: PulsedModel, goal: Goal) -> list[int]:
+    for name in (*goal.weights, *goal.known):
+        model.index(name)
+    return [column for column, name in enumerate(model.names) if name not in goal.known]
+
+
+def _unknowns(model: PulsedModel, goal: Goal) -> tuple[Complexes, list[str]]:
+    """G = [∂s/∂θ ..., s, i s], shape (S, T, Q), of the unknowns; and their names."""
+    kept = _kept(model, goal)
+    out = model.simulate(goal.theta)
+    rows = [out.jacobian.mT[:, kept], out.signal[:, None]]
+    scale = fisher.SCALE[:1] if goal.phase_known else fisher.SCALE
+    if not goal.phase_known:
+        rows.append(1j * out.signal[:, None])
+    return np.concatenate(rows, axis=1).mT, [*(model.names[i] for i in kept), *scale]
+
+
+def _sizes(model: PulsedModel, goal: Goal, name: str) -> Floats:
+    """|θ| of a weighted parameter, shape (S,)."""
+    sizes = np.abs(goal.theta[:, model.index(name)])
+    if (sizes == 0).any():
+        raise ValueError(
+            f"expected tissues in which the weighted {name} is not 0; got 0 in tissue "
+            f"{int(sizes.argmin())}, where √CRB/θ has no value. Drop its weight, or this tissue."
+        )
+    return sizes
+
+
+def _basis_signals(model: PulsedModel, theta: Floats, *, mirrored: bool) -> Complexes:
+    """What the basis is made of, shape (T, B), or real with (T, 2 B) if mirrored."""
+    signals = model.signal(theta).T
+    if not mirrored:
+        return signals
+    # Real and imaginary parts span what signals and conjugates do, with the same weights.
+    return np.concatenate([signals.real, signals.imag], axis=1)
+
+
+def _information(g: Complexes) -> Floats:
+    """F = Re(Gᴴ G), shape (S, Q, Q)."""
+    rows = np.ascontiguousarray(g.mT).view(np.float64)
+    return rows @ rows.mT
+
+
+def _weighted_bounds(g: Complexes, weights: Floats) -> tuple[float, Floats, Floats]:
     """Σ w √CRB, the √CRB (S, Q), and W with d(Σ w √CRB) = -Σ W dF, shape (S, Q, Q).
 
     With C = F⁻¹ and dC = -C dF C: W = Σ_p w_p/(2 √C_pp) c_p c_pᵀ, c_p the column p of C.
     """
-    rows = np.ascontiguousarray(g.mT).view(np.float64)
-    information = rows @ rows.mT
+    information = _information(g)
     size = np.sqrt(np.einsum("sqq->sq", information))
     size = np.where(size > 0, size, 1.0)
     values, vectors = np.linalg.eigh(information / (size[:, :, None] * size[:, None]))
-    if (values[:, 0] < _SINGULAR).any():
-        bounds = fisher.bounds(information)[:, : len(names)]
-        fisher.require_determined(bounds, information, names)
-        values = np.maximum(values, _SINGULAR)
+    values = np.maximum(values, _SINGULAR)
     inverse = (vectors / values[:, None]) @ vectors.mT / (size[:, :, None] * size[:, None])
     roots = np.sqrt(np.einsum("sqq->sq", inverse))
     inner = (inverse * (weights / (2 * roots))[:, None]) @ inverse

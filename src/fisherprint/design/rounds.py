@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import BSpline
 from scipy.optimize import minimize
 
-from fisherprint.design.goal import Goal, cost
+from fisherprint.design.goal import Goal, cost, require_seen
 from fisherprint.design.limits import MARGIN, Limits
 from fisherprint.models.protocol import PulsedModel
 from fisherprint.sequence import Inversion, PulseTrain
@@ -106,6 +106,7 @@ def begin(model: PulsedModel, goal: Goal, limits: Limits) -> Round:
     """
     limits.require_room(model.train)
     limits.require_kept(model.train, "a start")
+    require_seen(model, goal)
     first = cost(model, goal)
     excess, _ = limits.excess(model.train)
     best = limits.on_raster(model.train)
