@@ -435,8 +435,10 @@ def test_the_bundled_train_sees_more_than_the_papers(paper_train):
         model = TwoPool(train)
         out = model.simulate(theta)
         prior = paper_prior(model.names, repetition_time=train.repetition_time)
-        drawn = model.signal(prior.sample(4000, rng=np.random.default_rng(0)))
-        basis = subspace.fit(drawn, rank=13)
+        # As many as leave the ratios below within 3 % of those of other draws; with 4000 the last
+        # basis vectors still differ from draw to draw.
+        drawn = prior.sample(16_000, rng=np.random.default_rng(0)).reshape(8, 2000, -1)
+        basis = subspace.fit((model.signal(part) for part in drawn), rank=13)
         reduced = basis.compress(out.signal), basis.compress(out.jacobian)
         return [
             (np.sqrt(fp.crb(*which))[:, :3] / theta[:, :3]).mean(axis=0)
