@@ -50,10 +50,14 @@ def goal_of(kind, theta, drawn):
         "coefficients": Goal(theta, WEIGHTS, rank=12, basis_theta=drawn),
         "mirrored": Goal(theta, WEIGHTS, rank=12, basis_theta=drawn, mirrored=True),
         "both": Goal(theta, WEIGHTS, rank=12, basis_theta=drawn, signal_share=0.4),
+        "foreknown": Goal(theta, WEIGHTS, sizes=SIZES, foreknown=FOREKNOWN),
     }[kind]
 
 
-KINDS = ("signal", "known", "coefficients", "mirrored", "both")
+KINDS = ("signal", "known", "coefficients", "mirrored", "both", "foreknown")
+# What is known beforehand of the first tissue; about as much as this train tells.
+SIZES = np.array([[0.1, 2.0, 0.1, 1.0, 1.0, 1.0, 1.0], [0.2, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0]])
+FOREKNOWN = np.array([[1e2, 1.0, 1e2, 1e-4, 1e10, 1e-6, 1e2], [0.0] * 7])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,10 +74,24 @@ def test_cost_against_the_bound(train, theta, drawn, kind):
             roots = np.array([np.linalg.norm(np.linalg.pinv(x), axis=1) for x in stacked])
             names = [model.names[i] for i in kept]
             roots = roots[:, [names.index(name) for name in WEIGHTS]]
+        elif goal.foreknown is not None:
+            # A prior is a further measurement of each parameter, of unit noise.
+            columns = np.concatenate(
+                [jacobian, signal[..., None], 1j * signal[..., None]], axis=-1
+            )
+            prior = np.stack([np.diag(np.r_[row, 0, 0]) ** 0.5 for row in FOREKNOWN])
+            stacked = np.concatenate([columns.real, columns.imag, prior], axis=1)
+            size = np.linalg.norm(stacked, axis=1)
+            roots = [
+                np.linalg.norm(np.linalg.pinv(x / n), axis=1) / n
+                for x, n in zip(stacked, size, strict=True)
+            ]
+            roots = np.array(roots)[:, [model.index(name) for name in WEIGHTS]]
         else:
             columns = [model.index(name) for name in WEIGHTS]
             roots = np.sqrt(fp.crb(signal, jacobian)[:, columns])
-        return shares @ (roots / theta[:, [model.index(name) for name in WEIGHTS]])
+        sizes = theta if goal.sizes is None else goal.sizes
+        return shares @ (roots / sizes[:, [model.index(name) for name in WEIGHTS]])
 
     expected = relative(out.signal, out.jacobian)
     if goal.rank is not None:
@@ -399,6 +417,8 @@ def test_a_search_ends_where_no_control_helps():
         ({"known": ("T1",)}, "got one for T1, which is known"),
         ({"importance": np.array([1.0])}, r"importance must have the axes \(S=2\)"),
         ({"importance": np.array([-1.0, 1.0])}, "importance must be ≥ 0"),
+        ({"sizes": np.ones((1, 7))}, r"sizes must have the axes \(S=2, P=7\)"),
+        ({"foreknown": -np.ones((2, 7))}, "foreknown must be ≥ 0"),
         ({"rank": 5}, "expected a rank together with basis_theta"),
         ({"signal_share": 0.5}, "with a rank for the rest"),
     ],

@@ -16,6 +16,7 @@ from fisherprint import experiment as stages
 from fisherprint.experiment import Design, designing
 from fisherprint.experiment.schema import ExperimentError
 from fisherprint.models import SinglePool, TwoPool
+from fisherprint.parameters import paper_prior
 from fisherprint.reconstruct import phantom
 from tests.test_cli import call
 
@@ -87,6 +88,31 @@ def test_a_basis_of_the_prior(small):
     assert (goal.rank, goal.basis_theta.shape, goal.mirrored) == (5, (30, 4), True)
 
 
+def test_tissues_drawn_from_the_prior(small):
+    options = "drawn = 500\ndrawn_share = 0.25\ndrawn_snr = 20.0\n[tissue.gel]"
+    small.write_text(SMALL.replace("[tissue.gel]", options))
+    model, goal, _ = designing.problem(stages.read_design(small))
+    prior = paper_prior(model.names, repetition_time=model.train.repetition_time)
+    assert goal.theta.shape == (504, 4)
+    t1 = goal.theta[4:, model.index("T1")]
+    assert t1.min() > prior.distributions["T1"].low
+    # 500 draws: their mean is off by 4 % of the spread, which they tell to 3 %.
+    everybody = prior.sample(100_000, rng=np.random.default_rng(9))[:, model.index("T1")]
+    assert t1.mean() == pytest.approx(everybody.mean(), abs=0.2 * everybody.std())
+    assert t1.std() == pytest.approx(everybody.std(), rel=0.15)
+    assert goal.shares[:4].tolist() == pytest.approx([0.75 / 4] * 4)
+    assert goal.shares[4:].sum() == pytest.approx(0.25)
+    # Named tissues: relative to themselves, and nothing is known of them beforehand.
+    np.testing.assert_array_equal(goal.sizes[:4], np.abs(goal.theta[:4]))
+    assert not goal.foreknown[:4].any()
+    # Drawn ones: relative to the paper's nominal values; at SNR 20 the spread of the prior counts.
+    assert set(goal.sizes[4:, model.index("T1")]) == {1.6}
+    known = 1 / (20 * everybody.std()) ** 2
+    np.testing.assert_allclose(goal.foreknown[4:, model.index("T1")], known, rtol=0.05)
+    again = designing.problem(stages.read_design(small))[1]
+    np.testing.assert_array_equal(again.theta, goal.theta)
+
+
 def test_it_keeps_the_best_train_and_goes_on(small, tmp_path):
     output = tmp_path / "whole.toml"
     whole, lines = run(small, output)
@@ -145,6 +171,9 @@ def test_each_field_changes_the_design(small, tmp_path):
         "goal.tissues": {"goal": {"tissues": ("gel",)}},
         "goal.B0": {"goal": {"B0": (10.0,)}},
         "goal.B1": {"goal": {"B1": (1.0,)}},
+        "goal.drawn": {"goal": {"drawn": 4}},
+        "goal.drawn_share": {"goal": {"drawn": 4, "drawn_share": 0.2}},
+        "goal.drawn_snr": {"goal": {"drawn": 4, "drawn_snr": 5.0}},
         "goal.known": {"goal": {"known": ()}},
         "goal.phase_known": {"goal": {"phase_known": True, "known": ()}},
         "goal.rank": with_rank,
@@ -210,6 +239,8 @@ def test_each_field_changes_the_design(small, tmp_path):
         ("pulses = 60", 'pulses = 60\npath = "a.toml"', "expected a path, or pulses"),
         ("rf_power = 2e5", "rf_pover = 2e5", "limits.rf_pover: .*an unknown name"),
         ("known = [", "signal_share = 0.5\nknown = [", "expected a rank with fingerprints"),
+        ("known = [", "seed = 5\nknown = [", "expected something to draw with a seed"),
+        ("known = [", "drawn_snr = 5.0\nknown = [", "expected a number of drawn tissues"),
         ("rounds = 4", "rounds = 0", "search.rounds: "),
     ],
 )

@@ -28,6 +28,10 @@ class Goal:
         theta: the tissues, shape (S, P), SI units.
         weights: w_p by parameter name, positive; the others are unknown but do not count.
         importance: of each tissue, shape (S,), v_s up to a factor; all the same if None.
+        sizes: what √CRB is divided by, shape (S, P); |θ| if None. Not 0 where there is a weight.
+        foreknown: information about θ before the measurement in units of |M0|²/σ², shape (S, P),
+            added to the diagonal of the Fisher information: σ²/(|M0| spread)², the bound of van
+            Trees with a prior of that spread. None for none, the Cramér-Rao bound.
         known: parameters that need not be estimated: they do not enter the Fisher information.
         phase_known: whether M0 is real, with its size alone unknown.
         rank: K, for the bound of as many coefficients; None for that of the whole signal.
@@ -44,6 +48,8 @@ class Goal:
     theta: Floats
     weights: Mapping[str, float]
     importance: Floats | None = None
+    sizes: Floats | None = None
+    foreknown: Floats | None = None
     known: tuple[str, ...] = ()
     phase_known: bool = False
     rank: int | None = None
@@ -71,6 +77,14 @@ class Goal:
                     f"importance must be ≥ 0 with a positive sum; got {importance}. Correct it."
                 )
             object.__setattr__(self, "importance", importance)
+        for name in ("sizes", "foreknown"):
+            given = getattr(self, name)
+            if given is not None:
+                values = np.array(_checks.finite(name, given), dtype=np.float64)
+                _checks.shape(name, values, [("S", len(theta)), ("P", theta.shape[1])])
+                if values.min() < 0:
+                    raise ValueError(f"{name} must be ≥ 0; got {values.min()}. Correct it.")
+                object.__setattr__(self, name, values)
         if not 0 <= self.signal_share < 1 or (self.signal_share > 0 and self.rank is None):
             raise ValueError(
                 "the share of the whole signal must lie in [0, 1), with a rank for the rest; got "
@@ -125,7 +139,7 @@ def require_seen(model: PulsedModel, goal: Goal) -> None:
         )
         kinds.append(vectors.conj().T @ g)
     for columns in kinds:
-        information = _information(columns)
+        information = _information(columns) + _beforehand(model, goal)
         bounds = fisher.bounds(information)
         for s in np.flatnonzero(goal.shares > 0):
             lost = tuple(name for name in goal.weights if np.isinf(bounds[s, names.index(name)]))
@@ -147,6 +161,7 @@ def cost(model: PulsedModel, goal: Goal) -> Cost:
     """
     g, names = _unknowns(model, goal)
     weights = np.zeros((len(goal.theta), g.shape[-1]))
+    beforehand = _beforehand(model, goal)
     for name, weight in goal.weights.items():
         weights[:, names.index(name)] = weight * goal.shares / _sizes(model, goal, name)
     by_g = np.zeros_like(g)
@@ -155,7 +170,7 @@ def cost(model: PulsedModel, goal: Goal) -> Cost:
     value, roots = 0.0, np.empty(0)
     if goal.rank is None or goal.signal_share > 0:
         share = 1.0 if goal.rank is None else goal.signal_share
-        part, roots, inner = _weighted_bounds(g, share * weights)
+        part, roots, inner = _weighted_bounds(g, beforehand, share * weights)
         value += part
         by_g -= 2 * g @ inner
     if goal.rank is not None and goal.basis_theta is not None:
@@ -163,7 +178,9 @@ def cost(model: PulsedModel, goal: Goal) -> Cost:
             _basis_signals(model, goal.basis_theta, mirrored=goal.mirrored), goal.rank
         )
         reduced = vectors.conj().T @ g  # (S, K, Q)
-        part, roots, inner = _weighted_bounds(reduced, (1 - goal.signal_share) * weights)
+        part, roots, inner = _weighted_bounds(
+            reduced, beforehand, (1 - goal.signal_share) * weights
+        )
         value += part
         by_g -= 2 * vectors @ (reduced @ inner)
         # F = Re(Gᴴ P G) with P = U Uᴴ: the slope by P is -Σ G W Gᴴ, applied to U.
@@ -207,11 +224,11 @@ def _unknowns(model: PulsedModel, goal: Goal) -> tuple[Complexes, list[str]]:
 
 
 def _sizes(model: PulsedModel, goal: Goal, name: str) -> Floats:
-    """|θ| of a weighted parameter, shape (S,)."""
-    sizes = np.abs(goal.theta[:, model.index(name)])
+    """What the bounds of a weighted parameter are divided by, shape (S,)."""
+    sizes = (np.abs(goal.theta) if goal.sizes is None else goal.sizes)[:, model.index(name)]
     if (sizes == 0).any():
         raise ValueError(
-            f"expected tissues in which the weighted {name} is not 0; got 0 in tissue "
+            f"expected tissues in which the size of the weighted {name} is not 0; got 0 in tissue "
             f"{int(sizes.argmin())}, where √CRB/θ has no value. Drop its weight, or this tissue."
         )
     return sizes
@@ -232,12 +249,25 @@ def _information(g: Complexes) -> Floats:
     return rows @ rows.mT
 
 
-def _weighted_bounds(g: Complexes, weights: Floats) -> tuple[float, Floats, Floats]:
+def _beforehand(model: PulsedModel, goal: Goal) -> Floats:
+    """What is known of the unknowns before the measurement, as information, shape (S, Q, Q)."""
+    kept = _kept(model, goal)
+    n = len(kept) + (1 if goal.phase_known else 2)
+    out = np.zeros((len(goal.theta), n, n))
+    if goal.foreknown is not None:
+        for place, column in enumerate(kept):
+            out[:, place, place] = goal.foreknown[:, column]
+    return out
+
+
+def _weighted_bounds(
+    g: Complexes, beforehand: Floats, weights: Floats
+) -> tuple[float, Floats, Floats]:
     """Σ w √CRB, the √CRB (S, Q), and W with d(Σ w √CRB) = -Σ W dF, shape (S, Q, Q).
 
     With C = F⁻¹ and dC = -C dF C: W = Σ_p w_p/(2 √C_pp) c_p c_pᵀ, c_p the column p of C.
     """
-    information = _information(g)
+    information = _information(g) + beforehand
     size = np.sqrt(np.einsum("sqq->sq", information))
     size = np.where(size > 0, size, 1.0)
     values, vectors = np.linalg.eigh(information / (size[:, :, None] * size[:, None]))

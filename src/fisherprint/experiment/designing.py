@@ -21,7 +21,7 @@ from fisherprint.experiment.schema import (
     signal_model,
 )
 from fisherprint.models.protocol import PulsedModel
-from fisherprint.parameters import paper_prior
+from fisherprint.parameters import Prior, paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
 
 _Range = tuple[float, float]
@@ -63,6 +63,14 @@ class GoalSection(Table):
     )
     B0: tuple[float, ...] = Field((0.0,), min_length=1, description="rad/s, each with each B1")
     B1: tuple[Positive, ...] = Field((1.0,), min_length=1, description="relative")
+    drawn: int = Field(0, ge=0, description="further tissues, drawn from the prior")
+    drawn_share: float | None = Field(
+        None, gt=0, lt=1, description="of the cost for these; 0.5 if not given"
+    )
+    drawn_snr: Positive | None = Field(
+        None,
+        description="|M0|/σ at which the spread of the prior counts as known; 50 if not given",
+    )
     known: tuple[str, ...] = Field((), description="parameters that need not be estimated")
     phase_known: bool = Field(False, description="whether M0 is real, its size alone unknown")
     rank: int | None = Field(
@@ -74,16 +82,28 @@ class GoalSection(Table):
     fingerprints: int | None = Field(
         None, ge=2, description="drawn from the prior for the basis; 256 if not given"
     )
-    seed: int | None = Field(None, ge=0, description="of these draws; 0 if not given")
+    seed: int | None = Field(None, ge=0, description="of all draws; 0 if not given")
+
+    @model_validator(mode="after")
+    def _drawn_options(self) -> GoalSection:
+        if self.drawn == 0 and not (self.drawn_share is None and self.drawn_snr is None):
+            raise ValueError(
+                "expected a number of drawn tissues with drawn_share or drawn_snr; got none. Give "
+                "drawn, or drop them."
+            )
+        return self
 
     @model_validator(mode="after")
     def _basis_options(self) -> GoalSection:
-        if self.rank is None and not (
-            self.fingerprints is None and self.seed is None and self.signal_share == 0
-        ):
+        if self.rank is None and not (self.fingerprints is None and self.signal_share == 0):
             raise ValueError(
-                "expected a rank with fingerprints, seed or signal_share; got none. Give one, or "
+                "expected a rank with fingerprints or signal_share; got none. Give one, or "
                 "drop them: the whole signal needs no basis."
+            )
+        if self.rank is None and self.drawn == 0 and self.seed is not None:
+            raise ValueError(
+                "expected something to draw with a seed: a rank, or drawn; got neither. Give one, "
+                "or drop the seed."
             )
         return self
 
@@ -212,14 +232,18 @@ def problem(wanted: Design) -> tuple[PulsedModel, design.Goal, design.Limits]:
             rng=np.random.default_rng(section.seed or 0),
         )
     model = signal_model(wanted.model, train)
+    prior = paper_prior(model.names, repetition_time=train.repetition_time)
     drawn = None
     if goal.rank is not None:
-        prior = paper_prior(model.names, repetition_time=train.repetition_time)
         size = goal.fingerprints or 256
         drawn = prior.sample(size, rng=np.random.default_rng(goal.seed or 0))
+    counted, importance, sizes, foreknown = _counted(wanted, prior)
     aim = design.Goal(
-        theta(wanted),
+        counted,
         goal.weights,
+        importance=importance,
+        sizes=sizes,
+        foreknown=foreknown,
         known=goal.known,
         phase_known=goal.phase_known,
         rank=goal.rank,
@@ -229,6 +253,33 @@ def problem(wanted: Design) -> tuple[PulsedModel, design.Goal, design.Limits]:
         signal_share=goal.signal_share,
     )
     return model, aim, limits
+
+
+_Floats = NDArray[np.float64]
+
+
+def _counted(wanted: Design, prior: Prior) -> tuple[_Floats, _Floats, _Floats, _Floats]:
+    """All tissues (S, P), their importance (S,), and the sizes and foreknowledge of each (S, P).
+
+    Of the named tissues the relative bound counts. Of those drawn from the prior it is the bound
+    of van Trees, which the spread of the prior keeps finite where the train sees little, relative
+    to the nominal values: a drawn m0s may be 0.
+    """
+    goal, named = wanted.goal, theta(wanted)
+    share = 0.0 if goal.drawn == 0 else goal.drawn_share or 0.5
+    drawn = prior.sample(goal.drawn, rng=np.random.default_rng([goal.seed or 0, 1]))
+    spread = prior.sample(10_000, rng=np.random.default_rng([goal.seed or 0, 2])).std(axis=0)
+    nominal = tissues.tissue(tissues.PRIOR, wanted.model.parameters)
+    known = 1 / (spread * (goal.drawn_snr or 50.0)) ** 2
+    return (
+        np.concatenate([named, drawn]),
+        np.r_[
+            np.full(len(named), (1 - share) / len(named)),
+            np.full(goal.drawn, share / max(goal.drawn, 1)),
+        ],
+        np.concatenate([np.abs(named), np.tile(np.abs(nominal), (goal.drawn, 1))]),
+        np.concatenate([np.zeros_like(named), np.tile(known, (goal.drawn, 1))]),
+    )
 
 
 def design_train(
