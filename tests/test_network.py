@@ -175,3 +175,29 @@ def test_bfloat16_rounds_the_wide_products_alone(network: Network) -> None:
 def test_impossible_networks_are_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Network(*arguments, generator=torch.Generator())
+
+
+def test_a_network_without_the_phase_sees_only_what_is_beside_it(network: Network) -> None:
+    turned = Network(
+        RANK, MEAN, SPREAD, remove_phase=True, generator=torch.Generator().manual_seed(0)
+    )
+    turned.load_state_dict({**network.state_dict(), "without_phase": torch.tensor(True)})
+    c = coefficients(20)
+    c[3, 0] = 0  # has no phase to turn by: it stays as it is
+    phase = np.exp(1j * np.linspace(0, 6, 20))[:, None]
+    phase[3] = 1
+    # Single precision: rounding of 1e-7 of the input comes out a few times larger.
+    np.testing.assert_allclose(
+        as_estimator(turned)(c * phase), as_estimator(turned)(c), rtol=0, atol=1e-4 * SPREAD.min()
+    )
+    first = c[:, :1].copy()
+    first[3] = 1
+    np.testing.assert_allclose(
+        as_estimator(turned)(c),
+        as_estimator(network)(c * first.conj() / abs(first)),
+        rtol=0,
+        atol=1e-4 * SPREAD.min(),
+    )
+    assert np.abs(as_estimator(network)(c * phase) - as_estimator(network)(c)).max() > 1e-2
+    again = Network.from_weights(turned.state_dict())
+    np.testing.assert_array_equal(as_estimator(again)(c), as_estimator(turned)(c))

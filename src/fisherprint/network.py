@@ -30,6 +30,8 @@ class Network(nn.Module):
         rank: K, the number of complex coefficients (also an attribute).
         output_mean: prior mean of the E parameters, shape (E,), in their units.
         output_spread: their prior standard deviation; the last layer y yields mean + spread·y.
+        remove_phase: turn the coefficients so that the first is real and positive: the phase of
+            M0 tells nothing about the parameters, and the network need not learn that.
         generator: draws the initial weights, on the CPU; the global generator stays untouched.
 
     Raises:
@@ -38,6 +40,7 @@ class Network(nn.Module):
 
     output_mean: Tensor
     output_spread: Tensor
+    without_phase: Tensor | None
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class Network(nn.Module):
         output_mean: ArrayLike,
         output_spread: ArrayLike,
         *,
+        remove_phase: bool = False,
         generator: Generator,
     ) -> None:
         super().__init__()
@@ -77,10 +81,12 @@ class Network(nn.Module):
         )
         self.register_buffer("output_mean", mean)
         self.register_buffer("output_spread", spread)
+        # A mark in the weights; where it is None they lack it.
+        self.register_buffer("without_phase", torch.tensor(True) if remove_phase else None)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor]) -> Network:
-        """The network that a `state_dict` describes; rank and outputs follow from its shapes.
+        """The network that a `state_dict` describes; its names and shapes tell all arguments.
 
         Raises:
             ValueError: tensors of another network.
@@ -91,6 +97,7 @@ class Network(nn.Module):
                 rank,
                 weights["output_mean"].cpu().numpy(),
                 weights["output_spread"].cpu().numpy(),
+                remove_phase="without_phase" in weights,
                 generator=Generator(),
             )
             network.load_state_dict(weights)
@@ -109,6 +116,8 @@ class Network(nn.Module):
                 yields NaN.
             products: precision of the wide matrix products; everything else stays float32.
         """
+        if self.without_phase is not None:
+            coefficients = _first_real(coefficients)
         x = _unit_norm(coefficients).to(self.output_mean.dtype)
         kept = {0: x}
         for number, (linear, norm) in enumerate(
@@ -169,6 +178,12 @@ class _Linear(nn.Module):
             return functional.linear(x, self.weight, self.bias)
         rounded = (part.to(products) for part in (x, self.weight, self.bias))
         return functional.linear(*rounded).to(x.dtype)
+
+
+def _first_real(coefficients: Tensor) -> Tensor:
+    """The coefficients turned so that the first is real and positive, or zero."""
+    turn = coefficients[:, :1].sgn().conj()
+    return coefficients * torch.where(turn == 0, 1, turn)
 
 
 def _unit_norm(coefficients: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ class TrainingConfig(BaseModel):
         gt=0,
         description="σ of the real and of the imaginary part each; SNRmax = |M0|/σ",
     )
+    remove_phase: bool = Field(
+        default=False, description="turn the coefficients so that the first is real"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the wide matrix products; weights and sums stay float32"
     )
@@ -376,6 +379,7 @@ def _start(
             rank,
             training.theta.mean(axis=0),
             training.theta.std(axis=0),
+            remove_phase=config.remove_phase,
             generator=_generator(config.seed, _INITIAL_WEIGHTS),
         )
     else:
