@@ -392,3 +392,166 @@ def test_the_error_says_what_cannot_be_told_apart():
     )
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.groups) == (str(caught.value), caught.value.groups)
+
+
+def real(columns):
+    """Real and imaginary part below each other."""
+    return np.concatenate([columns.real, columns.imag])
+
+
+def test_an_efficient_direction_is_what_no_other_unknown_imitates():
+    signal, jacobian = random_problem()
+    directions = fisher.efficient_directions(signal, jacobian)
+    bound = fp.crb(signal, jacobian)
+    for s, J, D, crb in zip(signal, jacobian, directions, bound, strict=True):
+        # A condition below 100.
+        np.testing.assert_allclose(np.linalg.norm(D, axis=1), 1, rtol=1e-12)
+        products = real(np.c_[J, s, 1j * s]).T @ real(D.T)
+        expected = np.vstack([np.diag(1 / np.sqrt(crb)), np.zeros((2, 4))])
+        np.testing.assert_allclose(products, expected, atol=1e-12)
+
+
+def test_efficient_directions_of_the_two_pool_model(voxels):
+    directions = fisher.efficient_directions(voxels.signal, voxels.jacobian)
+    # Rounding 1e-16 over the smallest eigenvalue of the equilibrated information, 6e-8: 2e-9.
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=-1), 1, rtol=1e-7)
+    own = np.einsum("stp,spt->sp", voxels.jacobian.conj(), directions).real
+    np.testing.assert_allclose(own**-2, fp.crb(voxels.signal, voxels.jacobian), rtol=1e-6)
+
+
+def test_nothing_is_left_of_what_cannot_be_told():
+    signal, jacobian = random_problem(S=3)
+    jacobian[0, :, 1] = 0
+    jacobian[1, :, 3] = -2 * jacobian[1, :, 0]
+    jacobian[2, :, 2] = 1j * signal[2]
+    directions = fisher.efficient_directions(signal, jacobian)
+    norms = np.linalg.norm(directions, axis=-1)
+    expected = [[1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 1]]
+    # A condition below 100.
+    np.testing.assert_allclose(norms, expected, atol=1e-12)
+
+
+COVARIANCE = np.array([[4.0, 0.3], [0.3, 0.25]])
+
+
+def linear_problem(noise_std, T=9):
+    """A signal that is linear in θ, with M0 among the unknowns: real G, F and the prior's root."""
+    rng = np.random.default_rng(3)
+    G = rng.normal(size=(2 * T, 4)) * [1.0, 5.0, 2.0, 2.0]
+    return G, G.T @ G / noise_std**2, np.linalg.cholesky(COVARIANCE)
+
+
+@pytest.mark.parametrize("noise_std", [0.5, 5.0, 50.0])
+def test_the_least_error_of_a_linear_model_with_a_normal_prior_is_the_bound(noise_std):
+    G, F, root = linear_problem(noise_std)
+    bound = fisher.van_trees(F, COVARIANCE)
+    # The posterior mean, as least squares with the prior's equations below the data's.
+    stacked = np.vstack([G / noise_std, np.c_[np.linalg.inv(root), np.zeros((2, 2))]])
+    n = 20_000
+    rng = np.random.default_rng(4)
+    θ = root @ rng.normal(size=(2, n))
+    unknowns = np.vstack([θ, np.full((2, n), [[1.0], [-2.0]])])
+    y = G @ unknowns + noise_std * rng.normal(size=(len(G), n))
+    mean = np.linalg.lstsq(stacked, np.vstack([y / noise_std, np.zeros((2, n))]))[0][:2]
+    error = ((mean - θ) ** 2).mean(axis=1)
+    # The mean of N squares of Gaussian errors has relative standard error √(2/N); allow four.
+    np.testing.assert_allclose(error, bound, rtol=4 * np.sqrt(2 / n))
+    # In closed form: what that least squares leaves. A condition of some hundred.
+    covariance = np.linalg.inv(np.linalg.qr(stacked, mode="r"))
+    np.testing.assert_allclose(bound, (covariance**2).sum(axis=1)[:2], rtol=1e-10)
+
+
+def test_without_noise_it_is_the_bound_and_without_signal_the_prior(voxels):
+    spread = 0.3 * np.abs(voxels.theta).mean(axis=0)
+    covariance = np.diag(spread**2)
+    F = fisher.information(voxels.signal, voxels.jacobian, noise_std=1.0)
+    crb = fisher.bounds(F)[:, :7]
+    # Relative deviations are CRB/prior and prior/CRB.
+    np.testing.assert_allclose(fisher.van_trees(1e20 * F, covariance), 1e-20 * crb, rtol=1e-6)
+    still = fisher.van_trees(1e-20 * F, covariance)
+    np.testing.assert_allclose(still, np.tile(spread**2, (20, 1)), rtol=1e-6)
+    # Between them below both.
+    middle = fisher.van_trees(F, covariance)
+    assert (middle <= np.minimum(crb, spread**2) * (1 + 1e-6)).all()
+
+
+def test_the_mean_of_local_ones_is_above_the_global_bound(voxels):
+    covariance = np.diag((0.3 * np.abs(voxels.theta).mean(axis=0)) ** 2)
+    for noise_std in (1e-3, 1e-2, 0.1):
+        F = fisher.information(voxels.signal, voxels.jacobian, noise_std=noise_std)
+        mean = fisher.van_trees(F, covariance).mean(axis=0)
+        whole = fisher.van_trees(F.mean(axis=0), covariance)
+        # Jensen's inequality, up to the rounding of both inverses.
+        assert (whole <= mean * (1 + 1e-6)).all()
+        assert whole.shape == (7,)
+
+
+def test_the_global_bound_holds_for_a_nonlinear_model():
+    # s_t = M0 exp(-R t) with R normal. The posterior mean by sums over a grid, complex M0
+    # integrated out with a flat prior, is the best estimator there is.
+    rng = np.random.default_rng(6)
+    t, noise_std, n = 0.05 * np.arange(12), 0.3, 4000
+    grid = np.linspace(1.0, 9.0, 801)
+    weight = np.exp(-0.5 * (grid - 5) ** 2)
+    decay = np.exp(-grid[:, None] * t)
+    R = 5 + rng.normal(size=n)
+    inside = np.abs(R - 5) < 4
+    y = np.exp(-R[:, None] * t) + noise_std * rng.normal(size=(n, 12, 2)) @ [1, 1j]
+    power = (decay**2).sum(axis=1)
+    logarithm = np.abs(y @ decay.T) ** 2 / (2 * noise_std**2 * power) - np.log(power)
+    posterior = weight * np.exp(logarithm - logarithm.max(axis=1, keepdims=True))
+    estimate = posterior @ grid / posterior.sum(axis=1)
+    squares = ((estimate - R) ** 2)[inside]
+    signal = np.exp(-R[:, None] * t)
+    F = fisher.information(signal, (-t * signal)[..., None], noise_std=noise_std)
+    bound = fisher.van_trees(F.mean(axis=0), np.eye(1))[0]
+    # Four standard errors of the mean of the squares.
+    slack = 4 * squares.std() / np.sqrt(len(squares))
+    assert bound < squares.mean() + slack
+    # It says something: neither the prior alone nor the data alone are as good.
+    assert bound < 0.9
+    assert bound < fisher.bounds(F)[:, 0].mean()
+    assert squares.mean() < 1
+
+
+def test_a_prior_makes_every_bound_finite(short_train, white_matter):
+    theta = white_matter.copy()
+    theta[0] = 0  # no semi-solid pool, so Rx and T2s have no effect
+    out = fp.TwoPool(short_train).simulate(theta[None])
+    F = fisher.information(out.signal, out.jacobian, noise_std=0.01)
+    spread = np.array([0.08, 0.8, 0.2, 20.0, 3e-6, 900.0, 0.3])
+    got = fisher.van_trees(F, np.diag(spread**2))[0]
+    lost = np.isin(NAMES, ("Rx", "T2s"))
+    # The prior is all there is; rounding of an inverse.
+    np.testing.assert_allclose(got[lost], spread[lost] ** 2, rtol=1e-9)
+    assert (got[~lost] < spread[~lost] ** 2).all()
+
+
+def test_units_do_not_matter_for_the_bound_with_a_prior():
+    signal, jacobian = random_problem(P=2)
+    units = np.array([1e6, 1e-9])
+    one = fisher.van_trees(fisher.information(signal, jacobian, noise_std=5.0), COVARIANCE)
+    other = fisher.van_trees(
+        fisher.information(signal, jacobian / units, noise_std=5.0),
+        COVARIANCE * np.outer(units, units),
+    )
+    # A condition below 100.
+    np.testing.assert_allclose(other, one * units**2, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (np.ones((2, 2)), "symmetric and positive definite; got correlations with the eigen"),
+        (np.diag([1.0, 0.0]), "positive definite"),
+        (np.diag([1.0, -1.0]), "positive definite"),
+        (np.array([[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
+        (np.eye(3), r"information must have the axes \(S, P \+ 2=5, P \+ 2=5\); got"),
+        (np.ones((2, 3)), r"covariance of the prior must have the axes \(P, P=2\)"),
+        (np.diag([1.0, np.nan]), "covariance of the prior must be finite"),
+    ],
+)
+def test_a_covariance_that_is_none(covariance, message):
+    F = fisher.information(*random_problem(P=2), noise_std=1.0)
+    with pytest.raises(ValueError, match=message):
+        fisher.van_trees(F, covariance)

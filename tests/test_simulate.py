@@ -112,6 +112,49 @@ def test_the_basis_is_the_svd_of_the_training_signals(model, result):
     assert result.names == model.names
 
 
+def test_a_crb_svd_is_that_of_the_training_fingerprints(model, prior, monkeypatch):
+    wanted = subspace.CrbSvd(10, weight=0.4)
+    small_batches(monkeypatch, model, length=64)
+    got = dataset(model, prior, SIZES, basis=wanted, seed=1)
+    whole = model.simulate(got.samples["training"].theta)
+    expected = subspace.fit(whole, rank=10, method="crb-svd", weight=0.4)
+    apart = expected.vectors - got.basis.vectors @ got.basis.compress(expected.vectors.T).T
+    # Directions of the worst sample have an error of 1e-16 over its smallest eigenvalue, 2e-11.
+    assert np.linalg.norm(apart, 2) < 1e-5
+    assert got.crb_weight == 0.4
+    assert got.energy == pytest.approx(got.basis.energy(whole.signal), abs=1e-9)
+    assert dataset(model, prior, SIZES, basis=10, seed=1).crb_weight is None
+
+
+def test_a_crb_svd_by_any_number_of_workers_is_the_same(model, prior, monkeypatch):
+    small_batches(monkeypatch, model, length=64)
+    vectors = []
+    for n_workers in (1, 3):
+        with ThreadPoolExecutor(n_workers) as executor:
+            simulation = simulate.Simulation(model, prior, SIZES, 1)
+            wanted = subspace.CrbSvd(6)
+            vectors.append(simulate.fit_basis(simulation, wanted, executor=executor).vectors)
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_a_crb_svd_holds_few_jacobians_and_takes_no_more_columns_than_it_needs(monkeypatch):
+    model, calls = Decay(("R", "ω", "idle")), []
+    prior = Prior({"R": Uniform(1, 20), "ω": Uniform(-50, 50), "idle": Uniform(0, 1)})
+    small_batches(monkeypatch, model, length=8)
+    monkeypatch.setattr(simulate, "SHARD", 32)
+    monkeypatch.setattr(simulate, "MOST_FOR_BASIS", 300)
+    with ThreadPoolExecutor(1) as executor:
+        simulate.fit_basis(
+            simulate.Simulation(model, prior, SIZES, 1),
+            subspace.CrbSvd(3),
+            executor=executor,
+            progress=lambda *call: calls.append(call),
+        )
+    assert model.largest == {"simulate": 8, "signal": 0}
+    # Four columns each: two shards have 256 of them, three would have more than 300.
+    assert calls[-1] == ("signals for the basis", 64, 64)
+
+
 def test_sizes_and_prior(result, prior, model):
     assert {split: len(s.theta) for split, s in result.samples.items()} == SIZES
     theta = np.vstack([samples.theta for samples in result.samples.values()])

@@ -103,13 +103,20 @@ def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
         ValueError: F is not finite.
     """
     _checks.finite("the Fisher information", information)
+    scale, vectors, inverse, lost = _inverted(information)
+    variance = scale**2 * (vectors**2 * inverse[..., None, :]).sum(-1)
+    return np.where(lost, np.inf, variance)
+
+
+def _inverted(
+    information: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """D, V and the inverse of the nonzero Λ; and which unknowns have an infinite bound."""
     scale, values, vectors = _equilibrated(information)
     null = values < _SINGULAR
-    shares = vectors**2
     inverse = np.where(null, 0.0, 1 / np.where(null, 1.0, values))
-    variance = scale**2 * (shares * inverse[..., None, :]).sum(-1)
-    lost = (shares * null[..., None, :]).sum(-1) > _INVOLVED
-    return np.where(lost, np.inf, variance)
+    lost = (vectors**2 * null[..., None, :]).sum(-1) > _INVOLVED
+    return scale, vectors, inverse, lost
 
 
 def _equilibrated(
@@ -120,6 +127,89 @@ def _equilibrated(
     scale = 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     values, vectors = np.linalg.eigh(scale[..., :, None] * information * scale[..., None, :])
     return scale, values, vectors
+
+
+def efficient_directions(
+    signal: NDArray[np.complexfloating], jacobian: NDArray[np.complexfloating]
+) -> NDArray[np.complex128]:
+    r"""The part of each derivative that no other unknown can imitate, with unit norm.
+
+        d⊥_p = G F⁻¹ e_p / √(F⁻¹)_pp,  F = Re(Gᴴ G),  G = [∂s/∂θ_1 ... ∂s/∂θ_P, s, i·s]
+
+    Re⟨d⊥_p, g⟩ is zero for every other column g of G, those of complex M0 too, and 1/√CRB_p for
+    the parameter's own, at σ = 1: this direction holds all that the signal tells of it.
+
+    Args:
+        signal: s, shape (S, T).
+        jacobian: ∂s/∂θ, shape (S, T, P).
+
+    Returns:
+        Shape (S, P, T); zero where the bound is infinite, for nothing is left of the derivative.
+    """
+    n_parameters = jacobian.shape[-1]
+    scale, vectors, inverse, lost = _inverted(information(signal, jacobian, noise_std=1.0))
+    # D V Λ⁻¹ Vᵀ, whose left factor D is applied to G; the right one is gone with the norm.
+    own = (scale[..., None] * ((vectors * inverse[..., None, :]) @ vectors.mT)).mT[
+        :, :n_parameters
+    ]
+    norm = np.sqrt((vectors**2 * inverse[..., None, :]).sum(-1))[:, :n_parameters]
+    lost = lost[:, :n_parameters]
+    own *= np.where(lost, 0.0, 1 / np.where(lost, 1.0, norm))[..., None]
+    rows = np.concatenate([jacobian.mT, signal[:, None], 1j * signal[:, None]], axis=1)
+    return own @ rows
+
+
+def van_trees(
+    information: NDArray[np.float64], covariance: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    r"""Van Trees' (Bayesian Cramér-Rao) bound: what prior and data together can tell.
+
+        B = [(F + C⁻¹)⁻¹]_pp
+
+    C⁻¹ is the information of a normal prior, the least that a prior of covariance C can carry;
+    complex M0 has none. Of the mean of F over the prior this bounds the mean squared error over
+    the prior, of biased estimators too (the global bound). Of the F of one sample it is the
+    variance that F and a normal prior leave around it (the local form), which bounds nothing by
+    itself; its mean over the prior is never below the global bound. Why not the information of
+    the prior's own density: docs/decisions/021-van-trees-bound.md. Source: H. L. van Trees,
+    Detection, Estimation, and Modulation Theory, part I, Wiley 1968, §2.4.
+
+    Args:
+        information: F for the noise and |M0| at hand, shape (S, P + 2, P + 2) of samples, or
+            (P + 2, P + 2) of their mean.
+        covariance: C of the prior, shape (P, P), in the parameters' units; of draws θ (S, P)
+            that is `numpy.cov(theta.T)`.
+
+    Returns:
+        Shape (S, P), or (P,) of the mean; never above the bound without a prior, nor above C_pp.
+
+    Raises:
+        ValueError: values that are not finite, shapes that disagree, or a covariance that is not
+            symmetric and positive definite.
+    """
+    information, covariance = np.asarray(information), np.atleast_2d(covariance)
+    _checks.finite("the Fisher information", information)
+    _checks.finite("the covariance of the prior", covariance)
+    n_parameters = len(covariance)
+    _checks.shape("the covariance of the prior", covariance, [("P", None), ("P", n_parameters)])
+    unknowns = n_parameters + len(SCALE)
+    axes: list[tuple[str, int | None]] = [("P + 2", unknowns), ("P + 2", unknowns)]
+    whose = axes if information.ndim == 2 else [("S", None), *axes]
+    _checks.shape("the Fisher information", information, whose)
+    # C spans the squares of all units, so its definiteness is judged by its correlations.
+    spread = np.sqrt(np.abs(np.diagonal(covariance)))
+    units = np.outer(spread, spread)
+    correlation = covariance / np.where(units > 0, units, 1.0)
+    values, vectors = np.linalg.eigh(correlation)
+    if not (values[0] > _SINGULAR and np.allclose(correlation, correlation.T, atol=_SINGULAR)):
+        raise ValueError(
+            "the covariance of the prior must be symmetric and positive definite; got "
+            f"correlations with the eigenvalues {values[0]:.3g} to {values[-1]:.3g}. Leave out "
+            "parameters that are known or depend on others, or draw more samples."
+        )
+    prior = np.zeros((unknowns, unknowns))
+    prior[:n_parameters, :n_parameters] = (vectors / values) @ vectors.T / units
+    return bounds(information + prior)[..., :n_parameters]
 
 
 def confounded(information: NDArray[np.float64], names: Sequence[str]) -> tuple[Group, ...]:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherprint import _checks, _threads, fisher
-from fisherprint.models import SignalModel
+from fisherprint.models import Fingerprints, SignalModel
 from fisherprint.parameters import Prior
-from fisherprint.subspace import Basis, fit
+from fisherprint.subspace import Basis, CrbSvd, fit
 
 SPLITS = ("training", "validation", "test")
 
@@ -32,7 +32,7 @@ SHARD = 1024
 """Fingerprints of a shard; the last one of a split has fewer."""
 
 MOST_FOR_BASIS = 131_072
-"""Training fingerprints that the SVD of a basis takes at most; more would not turn its vectors."""
+"""Columns that the SVD of a basis takes at most; more would not turn its vectors."""
 
 # Largest Jacobian held at once, in bytes; several arrays of that size exist for a moment.
 _BATCH_BYTES = 24e6
@@ -74,12 +74,14 @@ class DataSet:
         basis: the subspace of all coefficients.
         samples: by split, of `SPLITS`.
         energy: share of the training signals' energy that the basis holds.
+        crb_weight: weight of the derivatives in a CRB-SVD basis; None of any other.
     """
 
     names: tuple[str, ...]
     basis: Basis
     samples: dict[str, Reduced]
     energy: float
+    crb_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,22 +187,24 @@ def dataset(
     prior: Prior,
     sizes: Mapping[str, int],
     *,
-    basis: Basis | int,
+    basis: Basis | int | CrbSvd,
     seed: int,
     executor: Executor | None = None,
     progress: Progress = _silent,
 ) -> DataSet:
     """Draw parameter sets, simulate them, and reduce each batch at once (§2.4).
 
-    Without a given basis the training signals are simulated twice: first alone, for the SVD,
-    then with their derivatives. Jacobians exist for one batch of each worker at a time.
+    Without a given basis the training signals are simulated twice: first alone for an SVD, or
+    some of them with derivatives for a CRB-SVD, then all with their derivatives. Jacobians exist
+    for one batch of each worker at a time.
 
     Args:
         model: as for `Simulation`.
         prior: likewise.
         sizes: likewise.
         seed: likewise.
-        basis: a basis, or the rank of an SVD basis of the training signals.
+        basis: a basis, the rank of an SVD basis of the training signals, or a `CrbSvd` for one
+            that holds what they tell about the parameters too.
         executor: who computes; threads on all cores of this process if None. The result is the
             same, bit for bit, on processors of one kind.
         progress: called with what is done, how many of them, and of how many.
@@ -210,6 +214,7 @@ def dataset(
         SingularInformationError: a parameter that no sample of a split determines.
     """
     simulation = Simulation(model, prior, sizes, seed)
+    crb_weight = basis.weight if isinstance(basis, CrbSvd) else None
     with workers(executor) as pool:
         if isinstance(basis, Basis):
             simulation.require_basis(basis)
@@ -229,7 +234,8 @@ def dataset(
         )
     training = [finished[shard] for shard in simulation.shards("training")]
     held = sum(total_energy(part.reduced.coefficients) for part in training)
-    return DataSet(model.names, basis, samples, held / sum(part.energy for part in training))
+    energy = held / sum(part.energy for part in training)
+    return DataSet(model.names, basis, samples, energy, crb_weight)
 
 
 @contextmanager
@@ -244,23 +250,54 @@ def workers(executor: Executor | None) -> Iterator[Executor]:
 
 
 def fit_basis(
-    simulation: Simulation, rank: int, *, executor: Executor, progress: Progress = _silent
+    simulation: Simulation,
+    basis: int | CrbSvd,
+    *,
+    executor: Executor,
+    progress: Progress = _silent,
 ) -> Basis:
-    """The SVD basis of the training signals, of `MOST_FOR_BASIS` of them at most (§2.4)."""
-    shards = simulation.shards("training")[: MOST_FOR_BASIS // SHARD]
-    total = sum(shard.size for shard in shards)
-    ahead = int(_AHEAD_BYTES / (16 * SHARD * simulation.model.n_samples))
-    task = functools.partial(_signals, simulation)
+    """The basis of the training fingerprints, of `MOST_FOR_BASIS` columns at most (§2.4).
 
-    def batches() -> Iterator[NDArray[np.complex128]]:
+    Args:
+        simulation: of the data set.
+        basis: the rank of an SVD basis, or what a CRB-SVD basis shall be.
+        executor: who simulates; this process sums the second moments.
+        progress: as for `dataset`.
+    """
+    parts = _parts_for_basis(simulation, basis)
+    total, columns = _size(parts), _columns(simulation, basis) * _size(parts[:1])
+    ahead = int(_AHEAD_BYTES / (16 * columns * simulation.model.n_samples))
+
+    def batches(task: Callable[[tuple[Shard, slice]], _Result]) -> Iterator[_Result]:
         done = 0
-        for shard, signals in _apply(executor, task, shards, ahead=max(2, ahead), ordered=True):
-            done += shard.size
+        for (_, part), batch in _apply(executor, task, parts, ahead=max(2, ahead), ordered=True):
+            done += part.stop - part.start
             progress("signals for the basis", done, total)
-            yield signals
+            yield batch
 
     with _threads.one_thread():
-        return fit(batches(), rank=rank)
+        if isinstance(basis, CrbSvd):
+            fingerprints = batches(functools.partial(_fingerprints, simulation))
+            return fit(fingerprints, rank=basis.rank, method="crb-svd", weight=basis.weight)
+        return fit(batches(functools.partial(_signals, simulation)), rank=basis)
+
+
+def _columns(simulation: Simulation, basis: int | CrbSvd) -> int:
+    """Columns of each fingerprint that the basis is made of: signal, and derivatives."""
+    return 1 + len(simulation.model.parameters) if isinstance(basis, CrbSvd) else 1
+
+
+def _parts_for_basis(simulation: Simulation, basis: int | CrbSvd) -> list[tuple[Shard, slice]]:
+    """What one task each simulates for a basis: a shard, or one batch of it with derivatives."""
+    n_shards = MOST_FOR_BASIS // _columns(simulation, basis) // SHARD
+    shards = simulation.shards("training")[: max(1, n_shards)]
+    if not isinstance(basis, CrbSvd):
+        return [(shard, slice(0, shard.size)) for shard in shards]
+    return [(shard, part) for shard in shards for part in _batches(simulation.model, shard.size)]
+
+
+def _size(parts: Sequence[tuple[Shard, slice]]) -> int:
+    return sum(part.stop - part.start for _, part in parts)
 
 
 def reduce(
@@ -325,14 +362,22 @@ def require_determined(
         fisher.require_determined(bounds, matrices, simulation.model.names)
 
 
-def _signals(simulation: Simulation, shard: Shard) -> NDArray[np.complex128]:
-    """Signals of a shard, shape (size, T)."""
-    theta = simulation.theta(shard)
-    result = np.empty((shard.size, simulation.model.n_samples), dtype=np.complex128)
+def _signals(simulation: Simulation, item: tuple[Shard, slice]) -> NDArray[np.complex128]:
+    """Signals of a part of a shard, shape (size, T)."""
+    shard, inside = item
+    theta = simulation.theta(shard)[inside]
+    result = np.empty((len(theta), simulation.model.n_samples), dtype=np.complex128)
     with _threads.one_thread():
-        for part in _batches(simulation.model, shard.size):
+        for part in _batches(simulation.model, len(theta)):
             result[part] = simulation.model.signal(theta[part])
     return result
+
+
+def _fingerprints(simulation: Simulation, item: tuple[Shard, slice]) -> Fingerprints:
+    """Fingerprints of a part of a shard."""
+    shard, inside = item
+    with _threads.one_thread():
+        return simulation.model.simulate(simulation.theta(shard)[inside])
 
 
 def _reduced(simulation: Simulation, basis: Basis, shard: Shard) -> tuple[Reduced, float]:
@@ -420,13 +465,13 @@ class Forecast:
 
 
 def forecast(
-    simulation: Simulation, basis: Basis | int, *, executor: Executor, n_workers: int
+    simulation: Simulation, basis: Basis | int | CrbSvd, *, executor: Executor, n_workers: int
 ) -> Forecast:
     """Measure a few shards of each worker, and count the rest.
 
     Args:
         simulation: of the data set.
-        basis: its basis, or the rank of one to be made.
+        basis: its basis, or what one to be made shall be.
         executor: who computes.
         n_workers: how many tasks it computes at once.
     """
@@ -441,18 +486,18 @@ def forecast(
 
     # Compilation, the table of rates and the start of the workers belong to no shard.
     few, many = some(SHARD), some(3 * SHARD)
-    tasks = _apply(executor, functools.partial(_signals, few), few.shards("training"),
+    tasks = _apply(executor, functools.partial(_signals, few), _parts_for_basis(few, 1),
                    ahead=n_workers, ordered=True)  # fmt: skip
     for _ in tasks:
         pass
     if not isinstance(basis, Basis):
+        share = _size(_parts_for_basis(simulation, basis)) / _size(_parts_for_basis(many, basis))
         began = time.perf_counter()
         times: list[float] = []
         basis = fit_basis(
             many, basis, executor=executor, progress=lambda *_: times.append(time.perf_counter())
         )
-        # Each shard its signals and its share of the sum; then the eigenvectors.
-        share = min(sizes["training"], MOST_FOR_BASIS) / many.sizes["training"]
+        # Each part its fingerprints and its share of the sum; then the eigenvectors.
         seconds += (times[-1] - began) * share + time.perf_counter() - times[-1]
     began = time.perf_counter()
     for _ in reduce(many, basis, many.shards("training"), executor):

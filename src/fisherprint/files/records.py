@@ -174,7 +174,8 @@ def write_dataset(
     """Write a data set as HDF5 with its basis, train, seed and versions.
 
     Groups `training`, `validation` and `test` hold `theta` (S, P), `coefficients` (S, K) and the
-    bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K).
+    bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K). The
+    attributes of a CRB-SVD basis say so.
     """
     with _storage.new_hdf5(Path(path)) as file:
         _write_head(file, data, train, seed, versions)
@@ -197,7 +198,7 @@ def assemble_dataset(
     Args:
         path: of the data set, as `write_dataset` writes it.
         shards: files of each split, in order.
-        head: its names, basis and energy; samples are not looked at.
+        head: all but the samples, which are not looked at.
         train: the pulse train.
         seed: of all draws.
         versions: what the numbers depend on.
@@ -239,6 +240,8 @@ def _write_head(
         basis_sha256=data.basis.digest,
         train_sha256=train.digest,
     )
+    if data.crb_weight is not None:
+        file.attrs.update(basis_method="crb-svd", basis_weight=data.crb_weight)
     file["basis"] = data.basis.vectors
     train.write_to(file.create_group("train"))
 
@@ -287,7 +290,9 @@ def read_dataset(path: str | Path) -> tuple[DataSet, PulseTrain]:
         }
         names = tuple(str(name) for name in file.attrs["names"])
         basis = Basis(file["basis"][()])
-        data = DataSet(names, basis, samples, float(file.attrs["energy"]))
+        weight = file.attrs.get("basis_weight")
+        crb_weight = None if weight is None else float(weight)
+        data = DataSet(names, basis, samples, float(file.attrs["energy"]), crb_weight)
         return data, PulseTrain.read_from(file["train"])
 
 
