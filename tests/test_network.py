@@ -40,10 +40,14 @@ def slow_forward(network: Network, c: np.ndarray) -> np.ndarray:
         return weights[f"linear.{number - 1}.weight"] @ x + weights[f"linear.{number - 1}.bias"]
 
     def relu_norm(number: int, y: np.ndarray, groups: int) -> np.ndarray:
-        y = y.reshape(groups, -1)
-        y = y - y.mean(axis=1, keepdims=True)
         # 1e-5 is the usual constant against division by zero.
-        y = (y / np.sqrt((y**2).mean(axis=1, keepdims=True) + 1e-5)).ravel()
+        if "norm.0.running_mean" in weights:
+            mean, variance = (weights[f"norm.{number - 1}.running_{k}"] for k in ("mean", "var"))
+            y = (y - mean) / np.sqrt(variance + 1e-5)
+        else:
+            y = y.reshape(groups, -1)
+            y = y - y.mean(axis=1, keepdims=True)
+            y = (y / np.sqrt((y**2).mean(axis=1, keepdims=True) + 1e-5)).ravel()
         y = y * weights[f"norm.{number - 1}.weight"]
         return np.maximum(y + weights[f"norm.{number - 1}.bias"], 0)
 
@@ -142,6 +146,84 @@ def test_weights_make_the_same_network(network: Network) -> None:
     np.testing.assert_array_equal(as_estimator(again)(c), as_estimator(network)(c))
 
 
+OPTIONS = {
+    "output_range": np.array([[0.0, 0.1, 0.002], [0.6, 10.0, 1.0]]),
+    "extra_inputs": np.array([[0.0, 1.0, 3.0], [500.0, 0.2, 0.6]]),
+    "normalization": "batch",
+}
+
+
+def with_options(**options: object) -> Network:
+    generator = torch.Generator().manual_seed(0)
+    return Network(RANK, MEAN, SPREAD, **options, generator=generator).eval()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_weights_tell_the_options(name: str) -> None:
+    network = with_options(**{name: OPTIONS[name]})
+    again = Network.from_weights(network.state_dict())
+    assert again.rank == RANK and again.n_extra == (3 if name == "extra_inputs" else 0)
+    c = coefficients(3)
+    channels = np.concatenate([c, [[300.0, 1.1, 2.0]] * 3], axis=1) if again.n_extra else c
+    found = as_estimator(again)(channels)
+    np.testing.assert_array_equal(found, as_estimator(network)(channels))
+    # Each option does something.
+    assert (found != as_estimator(with_options())(c)).all()
+
+
+def test_extra_inputs_stand_behind_the_coefficients_in_their_own_scale() -> None:
+    network = with_options(extra_inputs=OPTIONS["extra_inputs"])
+    c, extra = coefficients(4), np.array([[500.0, 1.2, 3.6]])
+    x = network.features(torch.from_numpy(c), torch.from_numpy(np.repeat(extra, 4, axis=0)))
+    norm = np.sqrt((np.abs(c) ** 2).sum(axis=1, keepdims=True))
+    expected = np.hstack([c.real / norm, c.imag / norm, np.ones((4, 3))])
+    # Single precision, as the constants.
+    np.testing.assert_allclose(x, expected, atol=1e-6)
+    # The weights behind them are as many as the inputs; all others are those without.
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    plain = {k: tuple(v.shape) for k, v in with_options().state_dict().items()}
+    assert shapes.pop("linear.0.weight") == (128, 2 * RANK + 3)
+    assert shapes.pop("extra_inputs") == (2, 3)
+    assert plain.pop("linear.0.weight") == (128, 2 * RANK)
+    assert shapes == plain
+    with pytest.raises(ValueError, match="expected the network's 3 extra inputs"):
+        network(torch.from_numpy(c))
+    with pytest.raises(ValueError, match=r"axes \(..., K=13 \+ n=3\); got the shape \(4, 13\)"):
+        as_estimator(network)(c)
+
+
+def test_bounded_outputs_keep_value_and_slope_and_stay_inside() -> None:
+    limits = OPTIONS["output_range"]
+    bounded, free = with_options(output_range=limits), with_options()
+    y = torch.linspace(-1e-3, 1e-3, 3)[:, None].expand(3, 3)
+    near, tangent = bounded._in_units(y), free._in_units(y)
+    # The logistic function departs from its tangent by the square of y; 1e-6 of the value is
+    # single precision.
+    np.testing.assert_allclose(near, tangent, rtol=1e-5)
+    far = bounded._in_units(torch.tensor([[-1e3], [1e3]]).expand(2, 3))
+    np.testing.assert_allclose(far, limits, rtol=1e-6, atol=1e-7)
+
+
+def test_batch_normalization_goes_by_the_statistics_of_the_training() -> None:
+    network = with_options(normalization="batch").train()
+    c = coefficients(64)
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.from_numpy(c))
+    network.eval()
+    x = network.features(torch.from_numpy(c)).double().numpy()
+    first = x @ network.linear[0].weight.detach().double().numpy().T
+    # Running values take a tenth of the batch each time, starting from mean 0 and variance 1.
+    kept = 0.9**3
+    found = network.norm[0]
+    expected = (1 - kept) * first.mean(axis=0), kept + (1 - kept) * first.var(axis=0, ddof=1)
+    np.testing.assert_allclose(found.running_mean, expected[0], atol=1e-6)
+    np.testing.assert_allclose(found.running_var, expected[1], rtol=1e-5)
+    slow = np.array([slow_forward(network, voxel) for voxel in c[:5]])
+    # Single precision, 1e-7, through 14 layers.
+    np.testing.assert_allclose((as_estimator(network)(c[:5]) - slow) / SPREAD, 0, atol=2e-5)
+
+
 def test_weights_of_another_network_are_refused(network: Network) -> None:
     state = network.state_dict()
     with pytest.raises(ValueError, match="weights of a fisherprint network"):
@@ -201,3 +283,17 @@ def test_a_network_without_the_phase_sees_only_what_is_beside_it(network: Networ
     assert np.abs(as_estimator(network)(c * phase) - as_estimator(network)(c)).max() > 1e-2
     again = Network.from_weights(turned.state_dict())
     np.testing.assert_array_equal(as_estimator(again)(c), as_estimator(turned)(c))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_range": [[0.0] * 3, [0.1, 9.0, 1.0]]}, "low < mean < high"),
+        ({"output_range": [0.0, 1.0]}, r"axes \(2, E=3\)"),
+        ({"extra_inputs": [[1.0], [0.0]]}, "positive spreads"),
+        ({"extra_inputs": [1.0, 2.0]}, r"axes \(2, n\)"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        with_options(**options)

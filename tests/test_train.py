@@ -17,7 +17,9 @@ from fisherprint.train import (
     State,
     TrainingConfig,
     augment,
+    bias_reduced_loss,
     crb_loss,
+    extra_inputs,
     mse_loss,
     relative_loss,
     train,
@@ -99,6 +101,106 @@ def test_mse_and_relative_loss_written_out() -> None:
     assert float(relative_loss(estimate, truth, floor)) == pytest.approx(expected, rel=1e-6)
 
 
+def drawn(relative_bias: float, relative_variance: float, *, size: int, n_noise: int) -> tuple:
+    """Estimates of a linear estimator: bias and noise in units of √CRB and CRB; truth; bound."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.rand((size, 2), generator=generator, dtype=torch.float64)
+    crb = 10 ** (4 * torch.rand((size, 2), generator=generator, dtype=torch.float64) - 6)
+    noise = torch.randn((size, n_noise, 2), generator=generator, dtype=torch.float64)
+    mean = truth + relative_bias * crb.sqrt()
+    return mean[:, None] + (relative_variance * crb[:, None]).sqrt() * noise, truth, crb
+
+
+@pytest.mark.parametrize(
+    ("b", "c", "options"),
+    [
+        (0.0, 3.0, {}),
+        (0.7, 3.0, {"variance_weight": 0.5}),
+        (0.7, 0.2, {}),
+        (2.0, 3.0, {"variance_limit": 1.5, "variance_weight": 2.0}),
+    ],
+)
+def test_bias_reduced_loss_of_a_linear_estimator(
+    b: float, c: float, options: dict[str, float]
+) -> None:
+    """Bias b √CRB and variance c CRB: L = b² + λ max(c - δ, 0), at any N far from c = δ."""
+    size, N = 4000, 50
+    found = float(bias_reduced_loss(*drawn(b, c, size=size, n_noise=N), **options))
+    λ, δ = options.get("variance_weight", 1.0), options.get("variance_limit", 1.0)
+    # Of a term: variance of the squared mean less v/N, and of λ v; the two are independent.
+    spread = 2 * (c / N) ** 2 + 4 * b**2 * c / N + 2 * (c / N) ** 2 / (N - 1)
+    spread += (λ**2 * 2 * c**2 / (N - 1)) if c > δ else 0
+    assert abs(found - b**2 - λ * max(c - δ, 0)) < 4 * np.sqrt(spread / (2 * size))
+
+
+def test_an_efficient_unbiased_estimator_has_no_bias_to_reduce() -> None:
+    size, N = 4000, 200
+    found = float(bias_reduced_loss(*drawn(0.0, 1.0, size=size, n_noise=N)))
+    # v scatters by s = √(2/(N-1)) around the limit, and the mean of max(s z, 0) is s/√(2π):
+    # √(1/π(N-1)) = 0.04 is all that N_r realizations leave. The scatter of a term is below 2 s.
+    s = np.sqrt(2 / (N - 1))
+    assert abs(found - s / np.sqrt(2 * np.pi)) < 4 * 2 * s / np.sqrt(2 * size)
+
+
+def test_bias_reduced_loss_has_the_slopes_of_differences() -> None:
+    generator = torch.Generator().manual_seed(1)
+    estimates, truth, crb = drawn(0.5, 1.1, size=3, n_noise=4)
+    crb[1, 0] = torch.inf
+    estimates.requires_grad_()
+    options = {"variance_weight": 0.7, "variance_limit": 0.9}
+    (slope,) = torch.autograd.grad(bias_reduced_loss(estimates, truth, crb, **options), estimates)
+    assert slope[1, :, 0].tolist() == [0] * 4
+    for _ in range(5):
+        step = torch.randn(estimates.shape, generator=generator, dtype=torch.float64)
+        step *= 1e-5 * crb.where(crb.isfinite(), 1e-6).sqrt()[:, None]
+        with torch.no_grad():
+            up, down = (
+                float(bias_reduced_loss(estimates + sign * step, truth, crb, **options))
+                for sign in (1, -1)
+            )
+        # The loss is a parabola between its corners: what is left is rounding, 1e-16/1e-5.
+        assert (up - down) / 2 == pytest.approx(float((slope * step).sum()), rel=1e-9)
+
+
+def test_noises_of_one_fingerprint_share_their_m0_and_its_bound() -> None:
+    config = TrainingConfig(noise_std=0.05, scale_range=(0.1, 1.0))
+    c, crb = torch.zeros((3000, 2), dtype=torch.complex64), torch.ones(3000, 1)
+    c[:, 0] = 1
+    noisy, scaled = augment(c, crb, config, torch.Generator().manual_seed(0), noises=(9,))
+    assert noisy.shape == (3000, 9, 2)
+    np.testing.assert_allclose(
+        torch.view_as_real(noisy - noisy.mean(dim=1, keepdim=True)).square().sum(dim=1).mean() / 8,
+        0.05**2,
+        # Relative standard error √(2/n) of a variance of n draws; allow four.
+        rtol=4 * np.sqrt(2 / (3000 * 8 * 4)),
+    )
+    M0 = noisy[:, :, 0].mean(dim=1).abs()
+    # The mean of 9 noises errs by 0.05/3 in each part; squares by that in relative terms.
+    away = (scaled[:, 0].rsqrt() * 0.05 - M0).abs()
+    assert float(away.mean()) < 0.05 / 3
+
+
+def test_the_bias_reduced_loss_brings_the_bias_down() -> None:
+    """Started from a network of the CRB loss, at a noise where that shrinks."""
+    training, validation = decay(1024, seed=0), decay(256, seed=1)
+    common = {"estimated": ("R",), "noise_std": 0.2, "scale_range": (0.5, 1.0)}
+    first = TrainingConfig(
+        epochs=6, batch_size=64, halve_every=2, warmup_steps=30, learning_rate=3e-3, **common
+    )
+    *_, (_, state) = train(training, validation, first)
+    config = TrainingConfig(
+        loss="bias-reduced", realizations=8, batch_size=512, epochs=4, halve_every=2,
+        warmup_steps=5, learning_rate=1e-3, **common,
+    )  # fmt: skip
+    epochs = [e for e, _ in train(training, validation, config, start=state.weights)]
+    still = config.model_copy(update={"learning_rate": 1e-12, "learning_rate_floor": 0.0})
+    before, _ = next(train(TINY, validation, still, start=state.weights))
+    assert epochs[-1].steps == 16
+    assert epochs[-1].validation_loss == epochs[-1].validation_losses["bias-reduced"]
+    # As much of a fall as another half of the first training brings the CRB loss is no chance.
+    assert epochs[-1].validation_loss < 0.75 * before.validation_loss
+
+
 def test_validation_losses_are_those_of_the_network_on_noise_of_their_own(
     tiny_run: list[tuple[Epoch, State]],
 ) -> None:
@@ -173,6 +275,133 @@ def test_training_approaches_the_bound() -> None:
     assert 0.7 < losses[-1] < 2 < worst / 3
 
 
+REDUCED = CONFIG.model_copy(
+    update={
+        "loss": "bias-reduced",
+        "realizations": 4,
+        "variance_limit": 0.0,
+        "batch_size": 64,
+        "snr_input": True,
+    }
+)
+
+
+@pytest.mark.parametrize("normalization", ["group", "batch"])
+def test_resuming_repeats_a_run_with_options(normalization: str) -> None:
+    config = REDUCED.model_copy(update={"normalization": normalization})
+    whole = run(config)
+    first = run(config.model_copy(update={"epochs": 1}))
+    rest = run(config, state=first[-1][1])
+    assert outcome(first + rest) == outcome(whole)
+    for name, weight in whole[-1][1].weights.items():
+        assert torch.equal(rest[-1][1].weights[name], weight)
+
+
+# torch's compiler uses what torch has deprecated.
+COMPILER = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.mark.slow
+@COMPILER
+def test_compiled_steps_are_those_of_the_plain_loop() -> None:
+    # 48 samples in batches of 20: the last one is not compiled.
+    config = CONFIG.model_copy(update={"compiled": True, "batch_size": 20})
+    whole = run(config)
+    assert whole[-1][1].config.compiled
+    plain = run(config.model_copy(update={"compiled": False}))
+    # Other sums in single precision, 1e-7 each, through three steps of Adam.
+    assert whole[0][0].train_loss == pytest.approx(plain[0][0].train_loss, rel=1e-3)
+    first = run(config.model_copy(update={"epochs": 1}))
+    rest = run(config, state=first[-1][1])
+    assert outcome(first + rest) == outcome(whole)
+    with pytest.raises(ValueError, match="another compiled"):
+        run(config.model_copy(update={"compiled": False}), state=first[-1][1])
+
+
+def test_without_a_compiler_the_loop_is_the_plain_one(
+    tiny_run: list[tuple[Epoch, State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++\ncompiler\n\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    config = CONFIG.model_copy(update={"compiled": True})
+    with pytest.warns(UserWarning, match=r"without compiled steps, .*: no C\+\+ compiler\."):
+        steps = run(config)
+    assert outcome(steps) == outcome(tiny_run)
+    # What was done is what is resumed, with or without a compiler.
+    assert not steps[0][1].config.compiled
+    assert outcome([steps[0], *run(config, state=steps[0][1])]) == outcome(tiny_run)
+    compiled = dataclasses.replace(steps[0][1], config=config)
+    with pytest.raises(RuntimeError, match="as the run that is resumed did; got: no C"):
+        run(config, state=compiled)
+
+
+def test_a_start_is_trained_on(tiny_run: list[tuple[Epoch, State]]) -> None:
+    weights = tiny_run[-1][1].weights
+    still = CONFIG.model_copy(update={"learning_rate": 1e-12, "learning_rate_floor": 0.0})
+    steps = list(train(TINY, HELD_OUT, still, start=weights))
+    # Steps of 1e-12 do not change single precision; the validation noise is the same.
+    assert steps[0][0].validation_losses == tiny_run[-1][0].validation_losses
+    for other, message in (
+        ({"estimated": ("R", "w")}, r"got other linear\.13\.bias.* output_mean"),
+        ({"bounded": True}, "got other output_range"),
+        ({"snr_input": True}, "got other extra_inputs, linear.0.weight"),
+    ):
+        config = TrainingConfig(**{**CONFIG.model_dump(), **other})
+        with pytest.raises(ValueError, match=message):
+            next(train(TINY, HELD_OUT, config, start=weights))
+    with pytest.raises(ValueError, match="both"):
+        next(train(TINY, HELD_OUT, CONFIG, start=weights, state=tiny_run[0][1]))
+
+
+def test_extra_inputs_are_known_parameters_and_the_signal_to_noise_ratio() -> None:
+    config = CONFIG.model_copy(update={"inputs": ("w",), "snr_input": True})
+    x = np.array([[3.0, 4j], [0, 0]]) * np.ones((2, 2, 2))
+    known = np.array([[[0.3]], [[0.4]]])
+    found = extra_inputs(config, x, known, noise_std=0.05)
+    expected = [[[w, np.log(100)], [w, -np.inf]] for w in (0.3, 0.4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    assert extra_inputs(CONFIG, x, np.empty(0), noise_std=0.05).shape == (2, 2, 0)
+
+
+def test_the_network_is_given_what_the_config_says() -> None:
+    """Validation with inputs by hand, for a network of all options."""
+    config = TrainingConfig(
+        **{**CONFIG.model_dump(), "inputs": ("w",), "snr_input": True, "bounded": True}
+    )
+    epoch, state = run(config)[-1]
+    network = Network.from_weights(state.weights)
+    low, high = network.output_range[:, 0].tolist()
+    assert (low, high) == pytest.approx((TINY.theta[:, 0].min(), TINY.theta[:, 0].max()))
+    c, bound, truth, w = (
+        torch.tensor(a, dtype=kind)
+        for a, kind in (
+            (HELD_OUT.coefficients, torch.complex64),
+            (HELD_OUT.crb[:, :1], torch.float32),
+            (HELD_OUT.theta[:, :1], torch.float32),
+            (HELD_OUT.theta[:, 1:], torch.float64),
+        )
+    )
+    losses = []
+    for seed in range(50):
+        noisy, crb = augment(c, bound, config, torch.Generator().manual_seed(seed))
+        x = noisy.numpy().astype(np.complex128)
+        extra = torch.from_numpy(extra_inputs(config, x, w.numpy(), noise_std=config.noise_std))
+        with torch.inference_mode():
+            estimate = network(noisy, extra)
+        assert (low <= estimate).all() and (estimate <= high).all()
+        losses.append(float(crb_loss(estimate, truth, crb)))
+    # One draw against the mean of 50; allow four of the standard deviation of a draw.
+    assert abs(epoch.validation_loss - np.mean(losses)) < 4 * np.std(losses)
+
+
+def test_batch_normalization_needs_more_than_one_sample() -> None:
+    config = CONFIG.model_copy(update={"normalization": "batch", "batch_size": 47})
+    with pytest.raises(ValueError, match="got 48 in batches of 47: the last has no spread"):
+        run(config)
+
+
 def test_resuming_repeats_the_uninterrupted_run(tiny_run: list[tuple[Epoch, State]]) -> None:
     first = run(CONFIG.model_copy(update={"epochs": 1}))
     kept = {name: moment.clone() for name, moment in first[-1][1].moments.items()}
@@ -189,7 +418,14 @@ def test_resuming_repeats_the_uninterrupted_run(tiny_run: list[tuple[Epoch, Stat
 
 CHANGES = {
     "estimated": ("w",),
+    "inputs": ("w",),
+    "snr_input": True,
+    "bounded": True,
+    "normalization": "batch",
     "loss": "mse",
+    "realizations": 8,
+    "variance_weight": 0.5,
+    "variance_limit": 0.5,
     "epochs": 1,
     "batch_size": 24,
     "learning_rate": 0.02,
@@ -199,14 +435,23 @@ CHANGES = {
     "scale_range": (0.5, 1.0),
     "noise_std": 0.02,
     "precision": "bfloat16",
+    "compiled": True,
     "seed": 1,
 }
 
 
-@pytest.mark.parametrize("name", TrainingConfig.model_fields)
-def test_every_field_of_the_config_matters(name: str, tiny_run: list[tuple[Epoch, State]]) -> None:
-    config = TrainingConfig(**{**CONFIG.model_dump(), name: CHANGES[name]})
-    assert outcome(run(config)) != outcome(tiny_run)
+# Compilation takes a minute.
+FIELDS = [
+    pytest.param(name, marks=[pytest.mark.slow, COMPILER]) if name == "compiled" else name
+    for name in TrainingConfig.model_fields
+]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_of_the_config_matters(name: str) -> None:
+    base = REDUCED if name in ("realizations", "variance_weight", "variance_limit") else CONFIG
+    config = TrainingConfig(**{**base.model_dump(), name: CHANGES[name]})
+    assert outcome(run(config)) != outcome(run(base))
 
 
 @pytest.mark.paper("§2.6")
@@ -255,11 +500,39 @@ def test_divergence_carries_the_last_good_state() -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_trains_alike(tiny_run: list[tuple[Epoch, State]]) -> None:
-    epoch, state = next(train(TINY, HELD_OUT, CONFIG, device="cuda"))
-    # The same draws, summed in another order, through three steps of Adam.
-    assert epoch.train_loss == pytest.approx(tiny_run[0][0].train_loss, rel=1e-2)
+@pytest.mark.parametrize("config", [CONFIG, REDUCED], ids=["crb", "bias-reduced"])
+def test_the_gpu_trains_alike(config: TrainingConfig) -> None:
+    # Weights stay the initial ones: their steps are below single precision.
+    still = {"learning_rate": 1e-12, "learning_rate_floor": 0.0, "epochs": 40}
+    config = config.model_copy(update=still)
+    (here, _), (there, state) = (
+        list(train(TINY, HELD_OUT, config, device=device))[-1] for device in ("cpu", "cuda")
+    )
+    # The same validation noise, in sums of another order.
+    for name, loss in here.validation_losses.items():
+        assert there.validation_losses[name] == pytest.approx(loss, rel=1e-4)
     assert all(weight.device.type == "cpu" for weight in state.weights.values())
+    # Training noise is drawn on each device: equal in distribution.
+    losses = np.array(
+        [
+            [epoch.train_loss for epoch, _ in train(TINY, HELD_OUT, config, device=device)]
+            for device in ("cpu", "cuda")
+        ]
+    )
+    scatter = np.hypot(*losses.std(axis=1)) / np.sqrt(config.epochs)
+    assert abs(np.diff(losses.mean(axis=1))[0]) < 4 * scatter
+    # Other epochs see other noise, and each repeats itself.
+    assert len(set(losses[1])) == config.epochs
+    again, _ = next(train(TINY, HELD_OUT, config, device="cuda"))
+    assert again.train_loss == pytest.approx(losses[1, 0], rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_the_gpu_resumes_where_it_was(tiny_run: list[tuple[Epoch, State]]) -> None:
+    first, second = list(train(TINY, HELD_OUT, CONFIG, device="cuda"))
+    ((epoch, _),) = train(TINY, HELD_OUT, CONFIG, state=first[1], device="cuda")
+    # Sums on the device have no fixed order.
+    assert epoch.train_loss == pytest.approx(second[0].train_loss, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +543,15 @@ def test_the_gpu_trains_alike(tiny_run: list[tuple[Epoch, State]]) -> None:
         ({"scale_range": (0.0, 1.0)}, "expected 0 < low ≤ high"),
         ({"learning_rate_floor": 0.1}, "Lower the floor"),
         ({"noise_std": 0.0}, "greater than 0"),
-        ({"loss": "mae"}, "'crb', 'mse' or 'relative'"),
+        ({"loss": "mae"}, "'crb', 'mse', 'relative' or 'bias-reduced'"),
+        ({"loss": "bias-reduced"}, "multiple of realizations = 200; got 512.*6400 are 32 finger"),
+        (
+            {"realizations": 5},
+            "expected realizations with loss = .bias-reduced.; got it with 'crb'",
+        ),
+        ({"variance_limit": 2.0}, "expected variance_limit with loss"),
+        ({"inputs": ("T1", "B1")}, "expected inputs that are not estimated; got T1 in both"),
+        ({"inputs": ("B1", "B1")}, "Name each once"),
         ({"epoch": 3}, "Extra inputs are not permitted"),
         ({"learning_rate": np.inf}, "finite number"),
     ],

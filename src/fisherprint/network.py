@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+
+Normalization = Literal["group", "batch"]
 
 # Widths of layers 1 to 11; then 2K, 10 and E.
 _WIDE = (128, 256, 512, 1024, 768, 640, 512, 384, 256, 192, 128)
@@ -23,23 +25,31 @@ class Network(nn.Module):
     """14 linear layers, all but the last with group normalization and ReLU (§2.5, Fig. 2).
 
     Widths 2K-128-256-512-1024-768-640-512-384-256-192-128-2K-10-E. Skip connections add the output
-    of an earlier layer of equal width (512, 256, 128; at the end the normalized input)
+    of an earlier layer of equal width (512, 256, 128; at the end the normalized coefficients)
     before the normalization; 16 groups, but 2 in the layers of width 2K and 10.
 
     Args:
         rank: K, the number of complex coefficients (also an attribute).
         output_mean: prior mean of the E parameters, shape (E,), in their units.
         output_spread: their prior standard deviation; the last layer y yields mean + spread·y.
+        output_range: lowest and highest value of each parameter, shape (2, E); a logistic
+            function of y then keeps within, with the same value and slope at y = 0.
+        extra_inputs: mean and spread of n real inputs beside the coefficients, shape (2, n).
+        normalization: `group`, or `batch` as in the authors' code.
         remove_phase: turn the coefficients so that the first is real and positive: the phase of
             M0 tells nothing about the parameters, and the network need not learn that.
         generator: draws the initial weights, on the CPU; the global generator stays untouched.
 
     Raises:
-        ValueError: a rank below 2, or mean and spread that are not (E,), finite and positive.
+        ValueError: a rank below 2; mean and spread that are not (E,), finite and positive; a
+            range without the mean inside; or extra inputs that are not (2, n), finite and of
+            positive spread.
     """
 
     output_mean: Tensor
     output_spread: Tensor
+    output_range: Tensor | None
+    extra_inputs: Tensor | None
     without_phase: Tensor | None
 
     def __init__(
@@ -48,12 +58,14 @@ class Network(nn.Module):
         output_mean: ArrayLike,
         output_spread: ArrayLike,
         *,
+        output_range: ArrayLike | None = None,
+        extra_inputs: ArrayLike | None = None,
+        normalization: Normalization = "group",
         remove_phase: bool = False,
         generator: Generator,
     ) -> None:
         super().__init__()
-        mean = torch.as_tensor(np.array(output_mean), dtype=torch.float32)
-        spread = torch.as_tensor(np.array(output_spread), dtype=torch.float32)
+        mean, spread = _constants(output_mean), _constants(output_spread)
         if rank < 2:
             raise ValueError(
                 f"the rank must be at least 2; got {rank}. A single coefficient of norm 1 tells "
@@ -69,34 +81,62 @@ class Network(nn.Module):
                 "output means must be finite and spreads finite and positive; got "
                 f"{mean.tolist()} and {spread.tolist()}. Estimate only parameters that vary."
             )
+        limits = None if output_range is None else _constants(output_range)
+        if limits is not None and not (
+            limits.shape == (2, len(mean))
+            and (limits[0] < mean).all()
+            and (mean < limits[1]).all()
+        ):
+            raise ValueError(
+                f"the output range must have the axes (2, E={len(mean)}) and low < mean < high; "
+                f"got {limits.tolist()} around {mean.tolist()}. Widen it."
+            )
+        extra = None if extra_inputs is None else _constants(extra_inputs)
+        if extra is not None and not (
+            extra.ndim == 2 and len(extra) == 2 and extra.isfinite().all() and (extra[1] > 0).all()
+        ):
+            raise ValueError(
+                "extra inputs must have the axes (2, n), finite means and positive spreads; got "
+                f"{extra.tolist()}. Give only inputs that vary."
+            )
+        n_extra = 0 if extra is None else extra.shape[1]
         widths = (2 * rank, *_WIDE, 2 * rank, _BEFORE_LAST, len(mean))
         groups = [16] * len(_WIDE) + [2, 2]
         self.rank = rank
         self.linear = nn.ModuleList(
-            _Linear(n_in, n_out, generator) for n_in, n_out in itertools.pairwise(widths)
+            _Linear(n_in + (n_extra if number == 0 else 0), n_out, generator)
+            for number, (n_in, n_out) in enumerate(itertools.pairwise(widths))
         )
         self.norm = nn.ModuleList(
-            nn.GroupNorm(n_groups, width)
+            nn.GroupNorm(n_groups, width) if normalization == "group" else nn.BatchNorm1d(width)
             for n_groups, width in zip(groups, widths[1:-1], strict=True)
         )
         self.register_buffer("output_mean", mean)
         self.register_buffer("output_spread", spread)
-        # A mark in the weights; where it is None they lack it.
+        # Those that are None are not in the state dict.
+        self.register_buffer("output_range", limits)
+        self.register_buffer("extra_inputs", extra)
         self.register_buffer("without_phase", torch.tensor(True) if remove_phase else None)
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor]) -> Network:
-        """The network that a `state_dict` describes; its names and shapes tell all arguments.
+        """The network that a `state_dict` describes, for evaluation.
+
+        All options follow from the names and shapes of the tensors.
 
         Raises:
             ValueError: tensors of another network.
         """
         try:
-            rank = weights["linear.0.weight"].shape[1] // 2
+            range_, extra = weights.get("output_range"), weights.get("extra_inputs")
+            n_extra = 0 if extra is None else extra.shape[1]
             network = cls(
-                rank,
+                (weights["linear.0.weight"].shape[1] - n_extra) // 2,
                 weights["output_mean"].cpu().numpy(),
                 weights["output_spread"].cpu().numpy(),
+                output_range=None if range_ is None else range_.cpu().numpy(),
+                extra_inputs=None if extra is None else extra.cpu().numpy(),
+                normalization="batch" if "norm.0.running_mean" in weights else "group",
                 remove_phase="without_phase" in weights,
                 generator=Generator(),
             )
@@ -106,20 +146,48 @@ class Network(nn.Module):
                 f"expected the weights of a fisherprint network; got others: {error}. "
                 "Train again or name another file."
             ) from error
-        return network
+        return network.eval()
 
-    def forward(self, coefficients: Tensor, *, products: torch.dtype = torch.float32) -> Tensor:
+    @property
+    def n_extra(self) -> int:
+        """Number n of real inputs beside the coefficients."""
+        return 0 if self.extra_inputs is None else self.extra_inputs.shape[1]
+
+    def forward(
+        self,
+        coefficients: Tensor,
+        extra: Tensor | None = None,
+        *,
+        products: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Estimates θ̂, shape (B, E), in the parameters' units.
 
         Args:
             coefficients: shape (B, K), complex, of any scale; a row without a norm (zeros, NaN)
                 yields NaN.
+            extra: the other inputs, shape (B, n), real; None where n = 0.
             products: precision of the wide matrix products; everything else stays float32.
         """
+        return self.from_features(self.features(coefficients, extra), products)
+
+    def features(self, coefficients: Tensor, extra: Tensor | None = None) -> Tensor:
+        """What the first layer sees: the normalized coefficients, then the extra inputs."""
         if self.without_phase is not None:
             coefficients = _first_real(coefficients)
         x = _unit_norm(coefficients).to(self.output_mean.dtype)
-        kept = {0: x}
+        if self.extra_inputs is None:
+            return x
+        if extra is None:
+            raise ValueError(
+                f"expected the network's {self.n_extra} extra inputs beside the coefficients; "
+                "got none. Give them in the order of its card."
+            )
+        mean, spread = self.extra_inputs
+        return torch.cat([x, ((extra - mean) / spread).to(x.dtype)], dim=1)
+
+    def from_features(self, x: Tensor, products: torch.dtype) -> Tensor:
+        """The 14 layers alone, without a complex number: this can be compiled."""
+        kept = {0: x[:, : 2 * self.rank]}
         for number, (linear, norm) in enumerate(
             zip(self.linear[:-1], self.norm, strict=True), start=1
         ):
@@ -129,7 +197,17 @@ class Network(nn.Module):
             if number in _SKIPS.values():
                 kept[number] = y
             x = torch.relu(norm(y))
-        return self.output_mean + self.output_spread * self.linear[-1](x, products)
+        return self._in_units(self.linear[-1](x, products))
+
+    def _in_units(self, y: Tensor) -> Tensor:
+        """Mean + spread·y, or the logistic function with this tangent at y = 0."""
+        if self.output_range is None:
+            return self.output_mean + self.output_spread * y
+        low, high = self.output_range
+        width = high - low
+        p = (self.output_mean - low) / width
+        slope = self.output_spread / (width * p * (1 - p))
+        return low + width * torch.sigmoid(torch.logit(p) + slope * y)
 
 
 def as_estimator(
@@ -137,25 +215,32 @@ def as_estimator(
 ) -> Callable[[NDArray[Any]], NDArray[np.float64]]:
     """The network as a function from coefficients (..., K), complex, to parameters (..., E).
 
+    The n extra inputs of a network that has some stand behind its coefficients, as further
+    channels (..., K + n) with an imaginary part of zero.
+
     Arrays in, arrays out, `chunk` voxels at a time on the network's device. Voxels of zeros, NaN
     or Inf yield NaN.
     """
 
     @torch.inference_mode()
     def estimate(coefficients: NDArray[Any]) -> NDArray[np.float64]:
-        if np.ndim(coefficients) == 0 or coefficients.shape[-1] != network.rank:
+        n_channels = network.rank + network.n_extra
+        if np.ndim(coefficients) == 0 or coefficients.shape[-1] != n_channels:
+            axis = f"K={network.rank}" + (f" + n={network.n_extra}" if network.n_extra else "")
             raise ValueError(
-                f"coefficients must have the axes (..., K={network.rank}); got the shape "
+                f"coefficients must have the axes (..., {axis}); got the shape "
                 f"{np.shape(coefficients)}. Move the coefficients to the last axis, and use the "
                 "basis that the network was trained with."
             )
-        voxels = coefficients.reshape(-1, network.rank)
+        voxels = coefficients.reshape(-1, n_channels)
         estimates = np.empty((len(voxels), len(network.output_mean)))
         for start in range(0, len(voxels), chunk):
             part = slice(start, start + chunk)
             # Double precision until the norm is 1: images come in any scale.
             tensor = torch.from_numpy(np.array(voxels[part], dtype=np.complex128))
-            estimates[part] = network(tensor.to(network.output_mean.device)).cpu().numpy()
+            tensor = tensor.to(network.output_mean.device)
+            given, extra = tensor[:, : network.rank], tensor[:, network.rank :].real
+            estimates[part] = network(given, extra).cpu().numpy()
         return estimates.reshape(*coefficients.shape[:-1], len(network.output_mean))
 
     return estimate
@@ -178,6 +263,10 @@ class _Linear(nn.Module):
             return functional.linear(x, self.weight, self.bias)
         rounded = (part.to(products) for part in (x, self.weight, self.bias))
         return functional.linear(*rounded).to(x.dtype)
+
+
+def _constants(values: ArrayLike) -> Tensor:
+    return torch.as_tensor(np.array(values), dtype=torch.float32)
 
 
 def _first_real(coefficients: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -16,12 +18,17 @@ from torch import Generator, Tensor
 from torch.optim import Adam
 
 from fisherprint import _checks
-from fisherprint.network import Network
+from fisherprint.network import Network, Normalization
 
-LossName = Literal["crb", "mse", "relative"]
+LossName = Literal["crb", "mse", "relative", "bias-reduced"]
 
 # |θ| below this fraction of the prior spread counts as that fraction in the relative loss.
 RELATIVE_FLOOR = 0.01
+
+# Losses that every training is validated by.
+_ORDINARY = ("crb", "mse", "relative")
+# Fields of the config that this loss alone uses.
+_BIAS_REDUCED = ("realizations", "variance_weight", "variance_limit")
 
 # Streams of random numbers: epochs have their number, 1, 2, ...
 _INITIAL_WEIGHTS = 0
@@ -39,9 +46,36 @@ class TrainingConfig(BaseModel):
         min_length=1,
         description="parameters that the network estimates",
     )
-    loss: LossName = Field(default="crb", description="crb (Eq. 1 of the paper), mse or relative")
+    inputs: tuple[str, ...] = Field(
+        default=(), description="parameters known from maps, which the network is given"
+    )
+    snr_input: bool = Field(
+        default=False, description="give the network log(‖x‖/σ) beside the coefficients x"
+    )
+    bounded: bool = Field(
+        default=False, description="keep the estimates within the range of the training set"
+    )
+    normalization: Normalization = Field(
+        default="group", description="group, or batch as in the authors' code"
+    )
+    loss: LossName = Field(
+        default="crb", description="crb (Eq. 1 of the paper), mse, relative or bias-reduced"
+    )
+    realizations: int = Field(
+        default=200, ge=2, description="N_r of the bias-reduced loss: noises of one fingerprint"
+    )
+    variance_weight: float = Field(
+        default=1.0, ge=0, description="λ of the bias-reduced loss: of variance beyond the limit"
+    )
+    variance_limit: float = Field(
+        default=1.0, ge=0, description="δ of the bias-reduced loss: free variance, in bounds"
+    )
     epochs: int = Field(default=400, ge=1, description="passes through the training set")
-    batch_size: int = Field(default=512, ge=1, description="samples in one step")
+    batch_size: int = Field(
+        default=512,
+        ge=1,
+        description="inputs of the network in one step: fingerprints, times realizations",
+    )
     learning_rate: float = Field(
         default=0.01, gt=0, description="step size of Adam in the first epochs"
     )
@@ -70,16 +104,48 @@ class TrainingConfig(BaseModel):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the wide matrix products; weights and sums stay float32"
     )
+    compiled: bool = Field(
+        default=False,
+        description="compile the step; pays for its minute from some thousand steps on",
+    )
     seed: int = Field(
         default=0, ge=0, description="of the initial weights, the order and the noise"
     )
 
-    @field_validator("estimated")
+    @field_validator("estimated", "inputs")
     @classmethod
     def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(names)) != len(names):
             raise ValueError(f"expected different parameters; got {names}. Name each once.")
         return names
+
+    @model_validator(mode="after")
+    def _known_or_estimated(self) -> Self:
+        both = set(self.inputs) & set(self.estimated)
+        if both:
+            raise ValueError(
+                f"expected inputs that are not estimated; got {_checks.listing(sorted(both))} in "
+                "both. Drop each from one."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_the_loss(self) -> Self:
+        if self.loss == "bias-reduced":
+            if self.batch_size % self.realizations:
+                raise ValueError(
+                    "expected a batch_size that is a multiple of realizations = "
+                    f"{self.realizations}; got {self.batch_size}. It counts inputs of the "
+                    f"network: {32 * self.realizations} are 32 fingerprints."
+                )
+            return self
+        for name in _BIAS_REDUCED:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f'expected {name} with loss = "bias-reduced"; got it with {self.loss!r}, '
+                    "which has no use for it. Drop it, or change the loss."
+                )
+        return self
 
     @field_validator("scale_range")
     @classmethod
@@ -98,6 +164,16 @@ class TrainingConfig(BaseModel):
                 f"{self.learning_rate_floor}. Lower the floor."
             )
         return self
+
+    @property
+    def noises(self) -> tuple[int, ...]:
+        """Axis of noise realizations of one fingerprint and M0: (N_r,), or () where it has one."""
+        return (self.realizations,) if self.loss == "bias-reduced" else ()
+
+    @property
+    def fingerprints(self) -> int:
+        """Fingerprints in a step."""
+        return self.batch_size // math.prod(self.noises)
 
     def learning_rate_at(self, epoch: int, step: int) -> float:
         """Learning rate of a step: halved every `halve_every` epochs, after the warm-up (§2.6).
@@ -163,7 +239,8 @@ class Epoch:
         number: counted from 1.
         train_loss: mean of the chosen loss over the steps, before each step's update.
         validation_loss: the chosen loss on the validation set after the epoch.
-        validation_losses: all losses on the validation set, by name; its noise is always the same.
+        validation_losses: losses on the validation set, by name; its noise is always the same.
+            The bias-reduced one is among them where it is the chosen one.
         learning_rate: of Adam in the last step.
         seconds: wall time.
         steps: updates of the weights.
@@ -184,7 +261,7 @@ class State:
 
     Attributes:
         epochs: epochs done.
-        config: how it was trained.
+        config: how it was trained; `compiled` says what was really done.
         weights: the network's `state_dict`; `Network.from_weights` makes the network.
         moments: Adam's tensors, keyed `<number of the weight>.<name>`; empty before the first
             epoch.
@@ -252,8 +329,43 @@ def relative_loss(estimate: Tensor, truth: Tensor, floor: Tensor) -> Tensor:
     return ((estimate - truth).abs() / truth.abs().maximum(floor)).mean()
 
 
+def bias_reduced_loss(
+    estimates: Tensor,
+    truth: Tensor,
+    crb: Tensor,
+    *,
+    variance_weight: float = 1.0,
+    variance_limit: float = 1.0,
+) -> Tensor:
+    r"""Bias, and variance beyond a limit, in units of the bound (Mao et al., MRM 2024).
+
+        L = 1/(S E) Σ_s Σ_e [(μ − θ)² − v/N]/CRB + λ max(v/CRB − δ, 0)
+        μ = 1/N Σ_n θ̂_n,   v = 1/(N − 1) Σ_n (θ̂_n − μ)²
+
+    The mean of N noisy estimates misses θ by the bias and by noise of variance v/N, which is
+    taken off: the first term estimates bias²/CRB without a bias of its own, and may be negative.
+    Where the bound is infinite, terms weigh nothing, as in `crb_loss`.
+
+    Args:
+        estimates: θ̂ for N noise realizations of each fingerprint with one M0, shape (S, N, E).
+        truth: θ, shape (S, E), the same units.
+        crb: bound of θ for this noise and this M0, shape (S, E), those units squared.
+        variance_weight: λ.
+        variance_limit: δ.
+    """
+    variance, mean = torch.var_mean(estimates, dim=1)
+    bias = ((mean - truth).square() - variance / estimates.shape[1]) / crb
+    excess = (variance / crb - variance_limit).clamp(min=0)
+    return (bias + variance_weight * excess).sum() / crb.isfinite().sum().clamp(min=1)
+
+
 def augment(
-    coefficients: Tensor, crb: Tensor, config: TrainingConfig, generator: Generator
+    coefficients: Tensor,
+    crb: Tensor,
+    config: TrainingConfig,
+    generator: Generator,
+    *,
+    noises: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     r"""Random M0 and noise for each sample, with the bound that goes with them (§2.4).
 
@@ -267,9 +379,10 @@ def augment(
         crb: bound for σ = |M0| = 1, shape (S, E).
         config: `scale_range` and σ = `noise_std`.
         generator: on the device of the tensors.
+        noises: (N,) for N draws of the noise with each sample's M0; () for one, without an axis.
 
     Returns:
-        c' and CRB', of the same shapes.
+        c', shape (S, K) or (S, N, K), and CRB', shape (S, E).
     """
 
     def uniform() -> Tensor:
@@ -278,12 +391,43 @@ def augment(
     low, high = config.scale_range
     scale = low + (high - low) * uniform()
     phase = 2 * torch.pi * uniform()
+    n_samples, rank = coefficients.shape
     noise = torch.randn(
-        (*coefficients.shape, 2), generator=generator, dtype=crb.dtype, device=crb.device
+        (n_samples, *noises, rank, 2),
+        generator=generator,
+        dtype=crb.dtype,
+        device=crb.device,
     )
-    noisy = torch.polar(scale, phase) * coefficients
-    noisy = noisy + config.noise_std * torch.view_as_complex(noise)
+    scaled = torch.polar(scale, phase) * coefficients
+    if noises:
+        scaled = scaled[:, None]
+    noisy = scaled + config.noise_std * torch.view_as_complex(noise)
     return noisy, crb * (config.noise_std / scale).square()
+
+
+def extra_inputs(
+    config: TrainingConfig,
+    coefficients: NDArray[Any],
+    known: NDArray[np.float64],
+    *,
+    noise_std: float,
+) -> NDArray[np.float64]:
+    """What a network of this config is given beside the coefficients, shape (..., n).
+
+    Args:
+        config: `inputs` and `snr_input`.
+        coefficients: x, shape (..., K).
+        known: the parameters that `inputs` names, shape (..., len(inputs)) or such that it
+            becomes this by repetition.
+        noise_std: σ of the coefficients' real and imaginary part each.
+    """
+    columns = [np.broadcast_to(known, (*coefficients.shape[:-1], len(config.inputs)))]
+    if config.snr_input:
+        # Without signal there is no estimate, and this is -Inf.
+        with np.errstate(divide="ignore"):
+            norm = np.linalg.norm(coefficients, axis=-1, keepdims=True)
+            columns.append(np.log(norm / noise_std))
+    return np.concatenate(columns, axis=-1)
 
 
 def train(
@@ -291,45 +435,57 @@ def train(
     validation: Samples,
     config: TrainingConfig,
     *,
+    start: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[Epoch, State]]:
     """Train a network, yielding after each epoch what happened and the state to go on from (§2.6).
 
-    Each epoch draws its order, its M0 and its noise anew, from a generator that depends on the
-    seed and the epoch's number alone: a run resumed from a `state` repeats an uninterrupted one,
-    bit for bit on the CPU. All draws are made on the CPU, so that devices see the same noise.
+    Each epoch draws its order, its M0 and its noise anew, on the device, from a generator that
+    depends on the seed and the epoch's number alone: a run resumed from a `state` repeats an
+    uninterrupted one, bit for bit on the CPU. Data stay on the device. Validation noise is drawn
+    on the CPU: it is the same everywhere.
 
     Args:
-        training: at least the parameters that `config.estimated` names.
+        training: at least the parameters that `config` names. Their bounds must be those of an
+            estimator that knows `config.inputs`.
         validation: likewise; its noise is the same in each epoch and for each seed.
         config: all else.
+        start: weights to start from instead of random ones, a network's `state_dict`; its scaling
+            of inputs and outputs stays.
         state: where to resume; its config may differ in `epochs` alone.
         device: where the network is trained.
 
     Raises:
-        KeyError: samples lack a parameter that is to be estimated.
-        ValueError: samples or a state that do not fit the config or each other.
+        KeyError: samples lack a parameter that is to be estimated or known.
+        ValueError: samples, a start or a state that do not fit the config or each other, or both
+            a start and a state.
+        RuntimeError: the state's steps were compiled, and here nothing can be.
         DivergedError: the loss became NaN or infinite; it carries the last good state.
     """
-    training, validation = training.select(config.estimated), validation.select(config.estimated)
-    network, optimizer, state = _start(training, validation, config, state, torch.device(device))
-    losses, products = _losses(network), getattr(torch, config.precision)
-    clean = _tensors(training)
-    held_out = _noisy(_tensors(validation), config, _generator(_VALIDATION_SEED))
-    held_out = tuple(part.to(device) for part in held_out)
+    device = torch.device(device)
+    config = _with_possible(config, state, device)
+    network, optimizer, state = _begin(training, validation, config, start, state, device)
+    losses, products = _losses(network, config), getattr(torch, config.precision)
+    step_layers = network.from_features
+    if config.compiled:
+        step_layers = torch.compile(step_layers, fullgraph=True, dynamic=False)
+    clean = [part.to(device) for part in _tensors(training, config)]
+    held_out = _tensors(validation, config)
+    noisy = _noisy(held_out, config, _generator(_VALIDATION_SEED))
+    noisy = [part.to(device) for part in noisy]
     for number in range(state.epochs + 1, config.epochs + 1):
         began = time.perf_counter()
-        generator = _generator(config.seed, number)
-        noisy = _noisy(clean, config, generator)
-        order = torch.randperm(len(training.theta), generator=generator)
-        shuffled = [part[order].to(device) for part in noisy]
-
-        starts = range(0, len(order), config.batch_size)
-        total = torch.zeros((), device=device)
-        for step, start in enumerate(starts, start=1 + (number - 1) * len(starts)):
-            coefficients, truth, crb = (p[start : start + config.batch_size] for p in shuffled)
-            estimate = network(coefficients, products=products)
+        n_samples, total = len(clean[0]), torch.zeros((), device=device)
+        first = 1 + (number - 1) * math.ceil(n_samples / config.fingerprints)
+        generator = _generator(config.seed, number, device=device)
+        network.train()
+        for step, batch in enumerate(_batches(clean, config, generator), start=first):
+            coefficients, truth, crb, known = batch
+            x = _features(network, coefficients, known, config)
+            # The last batch may be smaller: not worth another minute of compilation.
+            layers = step_layers if len(x) == config.batch_size else network.from_features
+            estimate = layers(x, products).reshape(*coefficients.shape[:-1], -1)
             loss = losses[config.loss](estimate, truth, crb)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
@@ -338,51 +494,91 @@ def train(
             optimizer.step()
             total += loss.detach() * len(truth)
 
-        train_loss = float(total) / len(order)
-        validated = _validate(network, losses, held_out)
+        train_loss = float(total) / n_samples
+        validated = _validate(network.eval(), losses, held_out, noisy, config)
         for value in (train_loss, validated[config.loss]):
             if not math.isfinite(value):
                 raise DivergedError(number, value, state)
         state = _snapshot(number, config, network, optimizer)
-        seconds, steps = time.perf_counter() - began, len(starts)
+        seconds, steps = time.perf_counter() - began, step - first + 1
         yield (
             Epoch(number, train_loss, validated[config.loss], validated, rate, seconds, steps),
             state,
         )
 
 
+def compilable(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device; None if something can."""
+    try:
+        # Whether compiler, headers and libraries fit together, only a trial tells.
+        torch.compile(torch.neg, fullgraph=True)(torch.ones(1, device=device))
+    except Exception as error:  # of many kinds, by what is missing
+        # A paragraph without instructions for torch's developers.
+        return " ".join(str(error).split("\n\n")[0].split())
+    return None
+
+
+def _with_possible(
+    config: TrainingConfig, state: State | None, device: torch.device
+) -> TrainingConfig:
+    """The config, not compiled where that is impossible, or where the resumed run was not."""
+    if state is not None and not state.config.compiled:
+        return config.model_copy(update={"compiled": False}) if config.compiled else config
+    if not config.compiled:
+        return config
+    reason = compilable(device)
+    if reason is None:
+        return config
+    if state is not None:
+        raise RuntimeError(
+            "expected to compile the steps, as the run that is resumed did; got: "
+            f"{reason}. Install a C++ compiler, or start again with compiled = false."
+        )
+    warnings.warn(
+        f"training without compiled steps, which takes longer: {reason}. Install a C++ compiler.",
+        stacklevel=3,
+    )
+    return config.model_copy(update={"compiled": False})
+
+
 _Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _losses(network: Network) -> dict[str, _Loss]:
+def _losses(network: Network, config: TrainingConfig) -> dict[str, _Loss]:
     """Each loss by name, as a function of estimate, truth and bound."""
     floor = RELATIVE_FLOOR * network.output_spread
     return {
         "crb": crb_loss,
         "mse": lambda estimate, truth, _: mse_loss(estimate, truth),
         "relative": lambda estimate, truth, _: relative_loss(estimate, truth, floor),
+        "bias-reduced": functools.partial(
+            bias_reduced_loss,
+            variance_weight=config.variance_weight,
+            variance_limit=config.variance_limit,
+        ),
     }
 
 
-def _start(
+def _begin(
     training: Samples,
     validation: Samples,
     config: TrainingConfig,
+    start: Mapping[str, Tensor] | None,
     state: State | None,
     device: torch.device,
 ) -> tuple[Network, Adam, State]:
     """Network and optimizer as `state` left them, or new ones."""
-    rank = training.coefficients.shape[1]
+    size, rank = training.coefficients.shape
     _checks.shape("validation coefficients", validation.coefficients, [("S", None), ("K", rank)])
-    if state is None:
-        network = Network(
-            rank,
-            training.theta.mean(axis=0),
-            training.theta.std(axis=0),
-            remove_phase=config.remove_phase,
-            generator=_generator(config.seed, _INITIAL_WEIGHTS),
+    last = (size % config.fingerprints or config.fingerprints) * math.prod(config.noises)
+    if config.normalization == "batch" and last == 1:
+        raise ValueError(
+            f"expected batches of more than one sample; got {size} in batches of "
+            f"{config.fingerprints}: the last has no spread to normalize by. Change batch_size."
         )
-    else:
+    if state is not None:
+        if start is not None:
+            raise ValueError("expected a start or a state to resume; got both. Drop one.")
         _require_same(state.config, config)
         network = Network.from_weights(state.weights)
         if network.rank != rank:
@@ -390,8 +586,20 @@ def _start(
                 f"expected coefficients of rank {network.rank}, which the resumed network takes; "
                 f"got rank {rank}. Use the basis of the first run."
             )
+    else:
+        network = _new_network(training, config)
+        if start is not None:
+            new, old = (_shapes(weights) for weights in (network.state_dict(), start))
+            if new != old:
+                unlike = sorted(name for name, _ in new.items() ^ old.items())
+                raise ValueError(
+                    "expected a start of the network's rank, parameters and options; got other "
+                    f"{_checks.listing(dict.fromkeys(unlike))}. Start from another network, or "
+                    "set the options of its training."
+                )
+            network.load_state_dict(start)
     network.to(device)
-    optimizer = Adam(network.parameters(), lr=config.learning_rate)
+    optimizer = Adam(network.parameters(), lr=config.learning_rate, fused=config.compiled)
     if state is None:
         return network, optimizer, _snapshot(0, config, network, optimizer)
     by_weight: dict[int, dict[str, Tensor]] = {}
@@ -404,8 +612,33 @@ def _start(
     return network, optimizer, state
 
 
+def _new_network(training: Samples, config: TrainingConfig) -> Network:
+    """Random weights, inputs and outputs scaled by the training set."""
+    theta = training.select(config.estimated).theta
+    extra = list(training.select(config.inputs).theta.T) if config.inputs else []
+    if config.snr_input:
+        scales = np.linspace(*config.scale_range, 101)
+        norms = np.linalg.norm(training.coefficients, axis=1)
+        extra.append(np.log(scales[:, None] * norms / config.noise_std))
+    return Network(
+        training.coefficients.shape[1],
+        theta.mean(axis=0),
+        theta.std(axis=0),
+        output_range=[theta.min(axis=0), theta.max(axis=0)] if config.bounded else None,
+        extra_inputs=[[x.mean() for x in extra], [x.std() for x in extra]] if extra else None,
+        normalization=config.normalization,
+        remove_phase=config.remove_phase,
+        generator=_generator(config.seed, _INITIAL_WEIGHTS),
+    )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
 def _require_same(before: TrainingConfig, now: TrainingConfig) -> None:
     old, new = before.model_dump(), now.model_dump()
+    # `compiled` says what could be done where the run began, not what was asked for.
     changed = [name for name in old if name != "epochs" and old[name] != new[name]]
     if changed:
         raise ValueError(
@@ -428,35 +661,100 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().cpu()
 
 
-def _generator(*stream: int) -> Generator:
-    """A generator on the CPU for a stream of random numbers that is independent of all others."""
+def _generator(*stream: int, device: str | torch.device = "cpu") -> Generator:
+    """A generator for a stream of random numbers that is independent of all others."""
     seed = np.random.SeedSequence(stream).generate_state(1, np.uint64)
-    return Generator().manual_seed(int(seed[0]))
+    return Generator(device).manual_seed(int(seed[0]))
 
 
-_Tensors = tuple[Tensor, ...]
+_Tensors = Sequence[Tensor]
+"""Coefficients, θ, bound and known parameters, each with the axis S first."""
 
 
-def _tensors(samples: Samples) -> _Tensors:
-    """Coefficients, θ and bound in single precision."""
-    return (
-        torch.as_tensor(np.array(samples.coefficients, dtype=np.complex64)),
-        torch.as_tensor(np.array(samples.theta, dtype=np.float32)),
-        torch.as_tensor(np.array(samples.crb, dtype=np.float32)),
-    )
+def _tensors(samples: Samples, config: TrainingConfig) -> _Tensors:
+    """Samples in single precision; coefficients are free of noise, for M0 = 1."""
+    chosen, known = samples.select(config.estimated), samples.select(config.inputs)
+    arrays = (chosen.coefficients, chosen.theta, chosen.crb, known.theta)
+    kinds = (np.complex64, np.float32, np.float32, np.float32)
+    return [
+        torch.as_tensor(np.array(array, dtype=kind))
+        for array, kind in zip(arrays, kinds, strict=True)
+    ]
 
 
-def _noisy(clean: _Tensors, config: TrainingConfig, generator: Generator) -> _Tensors:
-    """Coefficients, θ and bound with an M0 and noise."""
-    coefficients, theta, crb = clean
-    coefficients, crb = augment(coefficients, crb, config, generator)
-    return coefficients, theta, crb
+def _noisy(
+    clean: _Tensors,
+    config: TrainingConfig,
+    generator: Generator,
+    *,
+    noises: tuple[int, ...] = (),
+) -> _Tensors:
+    """The same with an M0 and noise."""
+    coefficients, theta, crb, known = clean
+    coefficients, crb = augment(coefficients, crb, config, generator, noises=noises)
+    return coefficients, theta, crb, known
+
+
+def _batches(clean: _Tensors, config: TrainingConfig, generator: Generator) -> Iterator[_Tensors]:
+    """The steps of an epoch: all fingerprints in a new order, with M0 and noise."""
+    n_samples = len(clean[0])
+
+    def order() -> tuple[Tensor, ...]:
+        shuffled = torch.randperm(n_samples, generator=generator, device=generator.device)
+        return torch.split(shuffled, config.fingerprints)
+
+    if config.noises:
+        # All noises of an epoch would not fit into memory.
+        for part in order():
+            some = [tensor[part] for tensor in clean]
+            yield _noisy(some, config, generator, noises=config.noises)
+    else:
+        noisy = _noisy(clean, config, generator)
+        for part in order():
+            yield [tensor[part] for tensor in noisy]
+
+
+def _features(
+    network: Network, coefficients: Tensor, known: Tensor, config: TrainingConfig
+) -> Tensor:
+    """What the first layer sees of coefficients (S, K) or (S, N, K), one row each."""
+    flat = coefficients.flatten(0, -2)
+    extra = [known.repeat_interleave(math.prod(coefficients.shape[1:-1]), dim=0)]
+    if config.snr_input:
+        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
+        extra.append((norm / config.noise_std).log())
+    return network.features(flat, torch.cat(extra, dim=1))
 
 
 @torch.inference_mode()
-def _validate(network: Network, losses: Mapping[str, _Loss], noisy: _Tensors) -> dict[str, float]:
-    """Each loss on samples with their noise."""
-    coefficients, theta, crb = noisy
-    starts = range(0, len(theta), _VALIDATION_CHUNK)
-    estimate = torch.cat([network(coefficients[i : i + _VALIDATION_CHUNK]) for i in starts])
-    return {name: float(loss(estimate, theta, crb)) for name, loss in losses.items()}
+def _validate(
+    network: Network,
+    losses: Mapping[str, _Loss],
+    clean: _Tensors,
+    noisy: _Tensors,
+    config: TrainingConfig,
+) -> dict[str, float]:
+    """The losses on samples with the same noise in each epoch."""
+
+    def estimate(coefficients: Tensor, known: Tensor) -> Tensor:
+        x = _features(network, coefficients, known, config)
+        y = [
+            network.from_features(part, torch.float32)
+            for part in torch.split(x, _VALIDATION_CHUNK)
+        ]
+        return torch.cat(y).reshape(*coefficients.shape[:-1], -1)
+
+    coefficients, theta, crb, known = noisy
+    estimates = estimate(coefficients, known)
+    found = {name: float(losses[name](estimates, theta, crb)) for name in _ORDINARY}
+    if config.noises:
+        generator = _generator(_VALIDATION_SEED, config.realizations)
+        parts = []
+        # As many at once as in a step, which fit into memory.
+        for some in zip(*(torch.split(t, config.fingerprints) for t in clean), strict=True):
+            drawn = _noisy(some, config, generator, noises=config.noises)
+            c, _, bound, given = (tensor.to(theta.device) for tensor in drawn)
+            parts.append((estimate(c, given), bound))
+        estimates, crb = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        found[config.loss] = float(losses[config.loss](estimates, theta, crb))
+    return found
