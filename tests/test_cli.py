@@ -60,7 +60,7 @@ voxel_size = 12.0
 """
 COMMANDS = (
     *("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo"),
-    *("design", "export"),
+    *("design", "export", "vary", "reproduce"),
 )
 
 
@@ -360,6 +360,12 @@ def test_finished_results_are_kept_without_force(
         message = refused(*arguments)
         assert "already" in message and option in message
         assert contents(run) == before
+
+
+def test_noise_is_refused_by_a_network_that_is_not_given_it(run: Path, images: Path) -> None:
+    message = refused("map", images, "--run", run, "-o", run / "own", "--noise-std", 0.1)
+    assert "got 0.1" in message and "snr_input = False" in message
+    assert not (run / "own").exists()
 
 
 def test_a_training_goes_on_or_starts_again(run: Path) -> None:

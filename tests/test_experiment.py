@@ -23,9 +23,11 @@ from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentErr
 from fisherprint.files import OutputExistsError, UnreadableFileError
 from fisherprint.models.protocol import SignalModel
 from fisherprint.models.two_pool import PARAMETERS
+from fisherprint.network import as_estimator
 from fisherprint.parameters import TruncatedNormal, Uniform
 from fisherprint.reconstruct.phantom import TissueMaps
 from fisherprint.subspace import Basis
+from fisherprint.train import TrainingConfig
 
 SHAPE = (7, 5, 2)
 RANK = 6
@@ -63,6 +65,7 @@ TINY = {
     "evaluation": {"snr": [20, 50], "n_noise": 10, "fingerprints": 8},
 }
 MAP = {"map": {"coefficients": "images.h5", "key": "x"}}
+CRB_SVD = {"simulation": {"basis_method": "crb-svd"}}
 BASIS = {"simulation": {"rank": None, "basis": "basis.h5", "basis_key": "U"}}
 
 
@@ -98,6 +101,7 @@ def trained(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = stages.start(read(inputs, TINY), tmp_path_factory.mktemp("trained"))
     stages.simulate_run(run, progress=silent)
     stages.train_run(run, resume=False, say=silent, progress=silent)
+    (inputs / "trained").symlink_to(run.folder)
     vectors = files.read_dataset(run.dataset)[0].basis.vectors
     with h5py.File(inputs / "own.h5", "w") as file:
         file["U"], file["UH"], file["V"] = vectors, vectors.conj().T, vectors[:, ::-1]
@@ -177,6 +181,53 @@ def test_the_prior_replaces_the_papers_in_its_order() -> None:
     assert prior.ordered == (("T2f", "T1"),)
 
 
+@pytest.mark.parametrize(
+    ("change", "method", "weight"),
+    [
+        ({}, "svd", None),
+        (CRB_SVD, "crb-svd", 0.5),
+        ({"simulation": CRB_SVD["simulation"] | {"basis_weight": 0.25}}, "crb-svd", 0.25),
+        (BASIS, "given", None),
+    ],
+)
+def test_data_set_and_card_say_how_the_basis_was_made(
+    change: dict[str, Any], method: str, weight: float | None, inputs: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path, read(inputs, merged(TINY, change)))
+    stages.simulate_run(run, progress=silent)
+    data, _ = files.read_dataset(run.dataset)
+    assert data.crb_weight == weight
+    with h5py.File(run.dataset) as file:
+        # Files of other bases have kept their bytes.
+        assert file.attrs.get("basis_method") == ("crb-svd" if weight else None)
+    stages.train_run(run, resume=False, say=silent, progress=silent)
+    card = stages.load_network(run)[1]
+    assert (card["basis_method"], card["basis_weight"]) == (method, weight)
+
+
+def test_a_crb_svd_begun_before_goes_on_with_the_same_basis(inputs: Path, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_after_the_basis(what: str, done: int, total: int) -> None:
+        if "fingerprints" in what:
+            raise Killed
+
+    experiment = read(inputs, merged(TINY, CRB_SVD))
+    stages.simulate_run(Run(tmp_path / "whole", experiment), progress=silent)
+    folder = tmp_path / "killed"
+    # What an SVD left in the same folder is not taken for it.
+    for asked in (read(inputs, TINY), experiment):
+        with pytest.raises(Killed):
+            stages.simulate_run(Run(folder, asked), progress=kill_after_the_basis)
+    seen: list[str] = []
+    again = Run(folder, experiment)
+    stages.simulate_run(again, progress=lambda what, done, total: seen.append(what))
+    assert "signals for the basis" not in seen
+    digests = {files.file_digest(path / "dataset.h5") for path in (tmp_path / "whole", folder)}
+    assert len(digests) == 1
+
+
 def test_a_given_basis_takes_the_place_of_a_rank(inputs: Path) -> None:
     assert stages.inputs(read(inputs, TINY)).basis == RANK
     basis = stages.inputs(read(inputs, merged(TINY, BASIS))).basis
@@ -200,10 +251,16 @@ def test_a_given_basis_takes_the_place_of_a_rank(inputs: Path) -> None:
             {"simulation": {"basis": "U.h5", "basis_key": "U", "rank": 5}},
             "got rank 5, basis U.h5 and basis_key U",
         ),
+        ({"simulation": {"basis_weight": 0.5}}, "for basis_method = .crb-svd. alone; got 0.5"),
+        (merged(BASIS, CRB_SVD), r"a given basis, or a basis_method .* basis\.h5, crb-svd and"),
+        (merged(BASIS, {"simulation": {"basis_weight": 0.3}}), r"basis\.h5, svd and 0\.3"),
         (merged(MAP, {"map": {"basis": "U.h5"}}), "expected a basis with its basis_key"),
         (merged(MAP, {"map": {"basis_key": "U"}}), "expected a basis with its basis_key"),
         (merged(MAP, {"map": {"ranges": {"T9": [0, 1]}}}), "m0s, T1, T2f; got 'T9'"),
         (MAP | {"brain": {}}, r"expected \[map\] or \[brain\]"),
+        (merged(MAP, {"map": {"noise_std": 0.1}}), "got 0.1 and snr_input = False"),
+        (merged(MAP, {"training": {"snr_input": True}}), "got None and snr_input = True"),
+        ({"training": {"inputs": ["B1"]}}, r"expected no \[training\] inputs.*got B1"),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(change: dict[str, Any], message: str) -> None:
@@ -262,6 +319,11 @@ def mapped(run: Run) -> list[np.ndarray]:
     return [np.nan_to_num(files.read_maps(run.maps, ["m0s", "T2f"]).maps.values, nan=-1)]
 
 
+def trained_and_mapped(run: Run) -> list[np.ndarray]:
+    weights(run)
+    return mapped(run)
+
+
 def brain(run: Run) -> list[np.ndarray]:
     section = stages.make_brain(run, progress=silent)
     return [files.read_coefficients(section.coefficients).data]
@@ -291,6 +353,7 @@ def train_file(run: Run) -> list[np.ndarray]:
 
 
 OWN = merged(MAP, {"map": {"basis": "own.h5", "basis_key": "U"}})
+SNR_INPUT = merged(MAP, {"map": {"noise_std": 0.5}, "training": {"snr_input": True}})
 INSIDE = merged(MAP, {"map": {"mask_key": "inside"}})
 SPLIT = ["m0s", "T1f", "T1s", "T2f", "Rx", "T2s", "B0", "B1"]
 # Field: where it shows, the experiment without the change (beyond TINY), and the change.
@@ -308,11 +371,14 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "simulation.validation": (data_set, {}, {"simulation": {"validation": 33}}),
     "simulation.test": (data_set, {}, {"simulation": {"test": 33}}),
     "simulation.rank": (data_set, {}, {"simulation": {"rank": RANK + 1}}),
+    "simulation.basis_method": (data_set, {}, {"simulation": {"basis_method": "crb-svd"}}),
+    "simulation.basis_weight": (data_set, CRB_SVD, {"simulation": {"basis_weight": 0.3}}),
     "simulation.basis": (data_set, BASIS, {"simulation": {"basis": "bases.h5"}}),
     "simulation.basis_key": (data_set, BASIS, {"simulation": {"basis_key": "V"}}),
     "simulation.seed": (data_set, {}, {"simulation": {"seed": 1}}),
-    # Its own fields: tests/test_train.py.
+    # Its other fields: tests/test_train.py.
     "training": (weights, {}, {"training": {"seed": 1}}),
+    "training.start": (weights, {}, {"training": {"start": "trained"}}),
     "evaluation.snr": (audit, {}, {"evaluation": {"snr": [20, 51]}}),
     "evaluation.n_noise": (audit, {}, {"evaluation": {"n_noise": 11}}),
     "evaluation.fingerprints": (audit, {}, {"evaluation": {"fingerprints": 9}}),
@@ -321,6 +387,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.key": (mapped, MAP, {"map": {"key": "y"}}),
     "map.mask": (mapped, MAP, {"map": {"mask": "mask.npy"}}),
     "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
+    "map.noise_std": (trained_and_mapped, SNR_INPUT, {"map": {"noise_std": 0.6}}),
     "map.basis": (compared, OWN, {"map": {"basis": "basis.h5"}}),
     "map.basis_key": (compared, OWN, {"map": {"basis_key": "V"}}),
     "map.quarter_turns": (picture, MAP, {"map": {"quarter_turns": 1}}),
@@ -332,7 +399,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
 
 
 def fields() -> list[str]:
-    """All options of an experiment, but for those of the training."""
+    """All options of an experiment, but for those of `TrainingConfig`."""
     names = []
     for name, field in Experiment.model_fields.items():
         types = (field.annotation, *get_args(field.annotation))
@@ -341,6 +408,10 @@ def fields() -> list[str]:
             names += [f"{name}.{inner}" for inner in sections[0].model_fields]
         else:
             names.append(name)
+            own = [] if not sections else sections[0].model_fields
+            names += [
+                f"{name}.{inner}" for inner in own if inner not in TrainingConfig.model_fields
+            ]
     return names
 
 
@@ -603,6 +674,61 @@ def test_the_summary_in_text_is_the_audit(run: Run) -> None:
             # Three decimals are printed.
             assert [float(word) for word in words[2:]] == pytest.approx(expected, abs=5.01e-4)
     assert next(rows, None) is None
+
+
+# A start, and inputs beside the coefficients.
+
+
+def test_a_start_is_recorded_and_not_needed_again(run: Run, inputs: Path) -> None:
+    parent = files.read_json(run.network / "card.json")["weights_sha256"]
+    shutil.copytree(run.network, inputs / "parent")
+    content = merged(TINY, {"training": {"start": "parent", "epochs": 1}})
+    run = Run(run.folder, read(inputs, content))
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    shutil.rmtree(inputs / "parent")
+    longer = Run(run.folder, read(inputs, merged(content, {"training": {"epochs": 2}})))
+    stages.train_run(longer, resume=True, say=silent, progress=silent)
+    card = stages.load_network(run)[1]
+    assert card["start_sha256"] == parent
+    assert card["losses"]["epochs"] == 2
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ExperimentError, match=r"network to start from in .*parent; there is none"):
+        stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_start_of_other_parameters_or_another_basis_is_refused(run: Run, inputs: Path) -> None:
+    shutil.copytree(run.network, inputs / "foreign")
+    card = files.read_json(inputs / "foreign" / "card.json")
+    for key, value in (("estimated", ["T1"]), ("rank", 3), ("basis_sha256", "0" * 64)):
+        files.write_json(inputs / "foreign" / "card.json", card | {key: value})
+        other = Run(run.folder, read(inputs, merged(TINY, {"training": {"start": "foreign"}})))
+        with pytest.raises(ExperimentError, match=f"of this run's {key}, .*foreign has"):
+            stages.train_run(other, resume=False, force=True, say=silent, progress=silent)
+    shutil.rmtree(inputs / "foreign")
+
+
+def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> None:
+    run = Run(run.folder, read(inputs, merged(TINY, SNR_INPUT)))
+    silent_map = {"overwrite": True, "say": silent, "progress": silent}
+    with pytest.raises(ExperimentError, match=r"and none without; got 0.5, and .* = False"):
+        stages.map_run(run, run.experiment.map, run.maps, **silent_map)
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    stages.evaluate_run(run, say=silent, progress=silent)
+    assert np.isfinite(files.read_audit(run.audit)[1].loss)
+    # Voxels of the given noise: what is mapped is what an estimator by hand gives.
+    stages.map_run(run, run.experiment.map, run.maps, **silent_map)
+    result = files.read_maps(run.maps, ["m0s", "T2f"]).maps
+    with h5py.File(inputs / "images.h5") as file:
+        x = file["x"][()][result.mask]
+    extra = np.log(np.linalg.norm(x, axis=-1, keepdims=True) / 0.5)
+    network, _ = stages.load_network(run)
+    expected = as_estimator(network)(np.hstack([x, extra]))
+    # Maps are stored in single precision.
+    np.testing.assert_allclose(result.values[result.mask], expected, rtol=1e-5, atol=1e-6)
+    bare = run.experiment.map.model_copy(update={"noise_std": None})
+    with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
+        stages.map_run(run, bare, run.maps, **silent_map)
 
 
 # Maps.

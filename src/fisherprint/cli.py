@@ -219,6 +219,10 @@ def map_(
         Path | None, typer.Option(help="Basis of the images, to be compared.")
     ] = None,
     basis_key: Annotated[str | None, typer.Option(help="Its name in the file.")] = None,
+    noise_std: Annotated[
+        float | None,
+        typer.Option(help="σ of Re and Im, for a network of it."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Map images of another basis all the same.")
     ] = False,
@@ -228,7 +232,7 @@ def map_(
 ) -> None:
     """Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a run's network.
 
-    Example: fisherprint map coeffs.mat --key x --mask-key mask --run runs/invivo -o maps
+    Example: fisherprint map coeffs.mat --key x --run runs/invivo -o maps
     """
     from fisherprint import experiment as stages
 
@@ -241,6 +245,7 @@ def map_(
         mask_key=mask_key,
         basis=basis,
         basis_key=basis_key,
+        noise_std=noise_std,
     )
     with _display() as display:
         stages.map_run(
@@ -310,6 +315,56 @@ def run_(
     from fisherprint import experiment as stages
 
     _run_all(stages.read(experiment, data=data), output, force, workers, scheduler)
+
+
+@app.command()
+def vary(
+    run: _Run,
+    output: _Out,
+    changes: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="May be repeated.")
+    ],
+) -> None:
+    """Prepare another training on the data set of a run, with fields of its experiment changed.
+
+    Example: fisherprint vary runs/paper -o runs/paper-mse --set training.loss=mse
+    """
+    from fisherprint import experiment as stages
+
+    new = stages.vary(stages.open_run(run), output, changes)
+    typer.echo(f"data set: {new.dataset}")
+    typer.echo(f"next: fisherprint run {new.folder / 'experiment.toml'} -o {new.folder}")
+
+
+@app.command()
+def reproduce(
+    crb: Annotated[Path, typer.Option(metavar="RUN", help="Evaluated run of the CRB loss.")],
+    mse: Annotated[Path, typer.Option(metavar="RUN", help="The same of the MSE loss.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For all files.")],
+    quick: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Of the quick setting, both losses; repeated."),
+    ] = None,
+    noise: Annotated[
+        int, typer.Option(metavar="N", help="Noise realizations at each point of a map.")
+    ] = 1000,
+) -> None:
+    """Figures 3 to 8 of the paper, and its statements beside ours.
+
+    Example: fisherprint reproduce --crb runs/paper --mse runs/paper-mse -o reproduction
+    """
+    from fisherprint import experiment as stages
+
+    with _display() as display:
+        stages.reproduce(
+            crb,
+            mse,
+            output,
+            quick=quick or (),
+            n_noise=noise,
+            say=display.say,
+            progress=display.progress,
+        )
 
 
 @app.command()

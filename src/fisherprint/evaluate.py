@@ -9,12 +9,18 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from fisherprint import _checks
+from fisherprint.parameters import Parameter
 
 Floats = NDArray[np.float64]
 Estimator = Callable[[NDArray[np.complex128]], NDArray[Any]]
 """From coefficients (..., K), complex, to parameters (..., E): a network, a fit, anything."""
+
+Beside = Callable[[NDArray[np.complex128], slice, float], Floats]
+"""From noisy coefficients (S', N, K) of a part of the fingerprints, that part, and σ, to what the
+estimator is given beside them, (S', N, n): known parameters, the signal-to-noise ratio."""
 
 # Complex numbers in one call of the estimator: 32 MB, of which a few copies exist at a time.
 _CHUNK = 2_000_000
@@ -104,6 +110,20 @@ class Audit:
         """The same over fingerprints alone, shape (Q, E)."""
         return _median(np.moveaxis(self.std_ratio, 1, -1))
 
+    def level(self, snr: float) -> int:
+        """Row of an SNRmax.
+
+        Raises:
+            ValueError: the audit lacks it.
+        """
+        fits = np.flatnonzero(np.isclose(self.snr, snr))
+        if not fits.size:
+            known = _checks.listing(f"{level:g}" for level in self.snr)
+            raise ValueError(
+                f"expected an SNRmax of the audit: {known}; got {snr:g}. Audit with this one, too."
+            )
+        return int(fits[0])
+
     @property
     def n_unbounded(self) -> int:
         """Fingerprints for which a parameter's bound is infinite."""
@@ -124,6 +144,57 @@ class Audit:
     def mean_shares_by_parameter(self) -> Shares:
         """The same over fingerprints alone, each (Q, E)."""
         return Shares(*(_mean(share, axis=(1,)) for share in self.shares))
+
+    def mean_squares(self) -> Shares:
+        """Shares of the plain mean squared error, each (Q,): the same without the bound (§2.7).
+
+        They add up the parameters in their units, as the loss `mse` does, and hold fingerprints
+        without a bound as well.
+        """
+        return Shares(*(_mean(part, axis=(1, 2)) for part in (self.bias**2, self.variance)))
+
+
+@dataclass(frozen=True, eq=False)
+class AuditMap:
+    """An audit over a regular grid of two parameters at one SNRmax, the others fixed (§2.4).
+
+    Attributes:
+        x: the parameter along the columns.
+        y: that along the rows.
+        x_values: X of them, SI units.
+        y_values: Y of them, SI units.
+        audit: of Y·X fingerprints, x varying fastest, at a single SNRmax.
+
+    Raises:
+        ValueError: an audit of another number of fingerprints or of several SNRmax.
+    """
+
+    x: Parameter
+    y: Parameter
+    x_values: Floats
+    y_values: Floats
+    audit: Audit
+
+    def __post_init__(self) -> None:
+        size = len(self.x_values) * len(self.y_values)
+        axes = [("Q", 1), ("Y·X", size), ("E", len(self.audit.names))]
+        _checks.shape("the bias over the grid", self.audit.bias, axes)
+
+    def bias(self, name: str) -> Floats:
+        """Bias of a parameter, shape (Y, X), SI units; KeyError if the audit lacks it."""
+        return self._over_grid(self.audit.bias[0], name)
+
+    def std(self, name: str) -> Floats:
+        """Its standard deviation, likewise."""
+        return self._over_grid(np.sqrt(self.audit.variance[0]), name)
+
+    def root(self, name: str) -> Floats:
+        """√CRB for this SNRmax, likewise; infinite if not seen."""
+        return self._over_grid(np.sqrt(self.audit.crb) / self.audit.snr[0], name)
+
+    def _over_grid(self, values: Floats, name: str) -> Floats:
+        column = _checks.index(name, self.audit.names)
+        return values[:, column].reshape(len(self.y_values), len(self.x_values))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +270,7 @@ def audit(
     *,
     snr: Sequence[float],
     n_noise: int = 300,
+    beside: Beside | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     rng: Generator,
 ) -> Audit:
@@ -212,6 +284,7 @@ def audit(
         test: S fingerprints.
         snr: Q values of SNRmax.
         n_noise: N.
+        beside: for an estimator of (S', N, K + n): what stands behind the coefficients.
         progress: called with the fingerprints done and in all, each counted once per SNRmax.
         rng: draws phases and noise.
 
@@ -231,7 +304,12 @@ def audit(
     for q, level in enumerate(levels):
         M0 = np.exp(2j * np.pi * rng.random((n_samples, 1)))
         for part, estimates in _estimates(
-            estimator, test, M0=np.broadcast_to(M0, (n_samples, n_noise)), std=1 / level, rng=rng
+            estimator,
+            test,
+            M0=np.broadcast_to(M0, (n_samples, n_noise)),
+            std=1 / level,
+            beside=beside,
+            rng=rng,
         ):
             biases[q, part] = bias(estimates, test.theta[part])
             variances[q, part] = variance(estimates)
@@ -246,6 +324,7 @@ def loss_over_scales(
     scale_range: tuple[float, float] = (0.1, 1.0),
     noise_std: float = 0.01,
     n_noise: int = 10,
+    beside: Beside | None = None,
     rng: Generator,
 ) -> Score:
     """Loss in units of the bound over the range of |M0| of the training (§2.4).
@@ -259,6 +338,7 @@ def loss_over_scales(
         scale_range: limits of |M0|.
         noise_std: σ of the real and of the imaginary part each.
         n_noise: N.
+        beside: for an estimator of (S', N, K + n): what stands behind the coefficients.
         rng: draws M0 and noise.
 
     Raises:
@@ -274,7 +354,7 @@ def loss_over_scales(
     scale = rng.uniform(*scale_range, shape)
     M0 = scale * np.exp(2j * np.pi * rng.random(shape))
     losses = np.empty(test.theta.shape)
-    for part, estimates in _estimates(estimator, test, M0=M0, std=std, rng=rng):
+    for part, estimates in _estimates(estimator, test, M0=M0, std=std, beside=beside, rng=rng):
         crb = test.crb[part, None] * (std / scale[part, :, None]) ** 2
         losses[part] = ((estimates - test.theta[part, None]) ** 2 / crb).mean(axis=1)
 
@@ -294,8 +374,68 @@ def loss_over_scales(
     )
 
 
+def crossings(snr: Floats, shares: Shares) -> tuple[float, ...]:
+    """SNRmax at which bias and variance share are equal, ascending (Fig. 7).
+
+    Between two levels the logarithm of their ratio is taken as linear in that of SNRmax.
+
+    Args:
+        snr: Q values of SNRmax in any order.
+        shares: each (Q,).
+    """
+    order = np.argsort(snr)
+    x = np.log(snr[order])
+    ratio = np.log(shares.bias[order] / shares.variance[order])
+    # A level where both are equal counts as above.
+    left = np.flatnonzero((ratio[:-1] < 0) != (ratio[1:] < 0))
+    step = ratio[left] / (ratio[left] - ratio[left + 1])
+    return tuple(float(at) for at in np.exp(x[left] + step * (x[left + 1] - x[left])))
+
+
+class Interval(NamedTuple):
+    """A mean over repetitions, with its confidence interval.
+
+    Attributes:
+        mean: of the repetitions.
+        low: lower end.
+        high: upper end.
+        n: how many.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def confidence_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Student's interval for the mean of a few independent repetitions, such as seeds.
+
+    mean ± t s/√n, with s² the unbiased variance and t of n - 1 degrees of freedom.
+
+    Raises:
+        ValueError: fewer than two values, one that is not finite, or a level outside (0, 1).
+    """
+    array = np.asarray(values, dtype=np.float64)
+    _checks.finite("the repetitions", array)
+    if array.ndim != 1 or len(array) < 2 or not 0 < level < 1:
+        raise ValueError(
+            f"expected at least 2 values and a level between 0 and 1; got {array.size} and "
+            f"{level}. One repetition tells nothing of their spread."
+        )
+    half = stdtrit(len(array) - 1, (1 + level) / 2) * _standard_error(array)
+    mean = float(array.mean())
+    return Interval(mean, float(mean - half), float(mean + half), len(array))
+
+
 def _estimates(
-    estimator: Estimator, test: Labelled, *, M0: NDArray[np.complex128], std: float, rng: Generator
+    estimator: Estimator,
+    test: Labelled,
+    *,
+    M0: NDArray[np.complex128],
+    std: float,
+    beside: Beside | None,
+    rng: Generator,
 ) -> Iterator[tuple[slice, Floats]]:
     """Estimates (S', N, E) from fingerprints with the M0 given, (S, N), and noise, in parts.
 
@@ -308,7 +448,10 @@ def _estimates(
         part = slice(start, min(start + length, n_samples))
         clean = M0[part, :, None] * test.coefficients[part, None, :]
         noise = rng.standard_normal((*clean.shape, 2)).view(np.complex128)[..., 0]
-        estimates = np.asarray(estimator(clean + std * noise), dtype=np.float64)
+        given = clean + std * noise
+        if beside is not None:
+            given = np.concatenate([given, beside(given, part, std)], axis=-1)
+        estimates = np.asarray(estimator(given), dtype=np.float64)
         _checks.shape(
             "the estimator's result",
             estimates,

@@ -33,6 +33,7 @@ from fisherprint.experiment.folder import (
     versions,
 )
 from fisherprint.experiment.pages import report_run
+from fisherprint.experiment.reproduction import reproduce
 from fisherprint.experiment.schema import (
     BrainSection,
     EvaluationSection,
@@ -61,6 +62,7 @@ from fisherprint.experiment.stages import (
     summary,
     train_run,
 )
+from fisherprint.experiment.varying import vary
 
 __all__ = [
     "BUNDLED",
@@ -94,6 +96,7 @@ __all__ = [
     "read_design",
     "read_trains",
     "report_run",
+    "reproduce",
     "require_absent",
     "run_all",
     "shareable",
@@ -102,6 +105,7 @@ __all__ = [
     "summary",
     "train_page",
     "train_run",
+    "vary",
     "versions",
     "workers",
     "write_bounds_csv",

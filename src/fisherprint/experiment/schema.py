@@ -21,7 +21,7 @@ from fisherprint.models.cycle import Saturation
 from fisherprint.models.protocol import PulsedModel, SignalModel
 from fisherprint.parameters import Prior, TruncatedNormal, Uniform, paper_prior
 from fisherprint.sequence import Inversion, PulseTrain
-from fisherprint.subspace import Basis
+from fisherprint.subspace import Basis, CrbSvd, Method
 
 # Coefficients, as in the paper (§2.4).
 DEFAULT_RANK = 13
@@ -73,7 +73,14 @@ class SimulationSection(Table):
     training: int = Field(92160, ge=1, description="fingerprints to train with")
     validation: int = Field(10240, ge=1, description="fingerprints to watch the training with")
     test: int = Field(9056, ge=1, description="fingerprints that the training never sees")
-    rank: int | None = Field(None, ge=2, description="K of the SVD basis; 13 if not given")
+    rank: int | None = Field(None, ge=2, description="K of the basis; 13 if not given")
+    basis_method: Method = Field(
+        "svd",
+        description="svd, or crb-svd: it holds what the signals tell, not their energy alone",
+    )
+    basis_weight: float | None = Field(
+        None, ge=0, le=1, description="of the derivatives in a crb-svd; 0.5 if not given"
+    )
     basis: Path | None = Field(None, description="file of a given basis, instead of the SVD's")
     basis_key: str | None = Field(None, description="its key")
     seed: int = Field(0, ge=0)
@@ -86,7 +93,30 @@ class SimulationSection(Table):
                 f"rank {self.rank}, basis {self.basis} and basis_key {self.basis_key}. "
                 "A given basis has a rank of its own."
             )
+        if self.basis and (self.basis_method != "svd" or self.basis_weight is not None):
+            raise ValueError(
+                "expected a given basis, or a basis_method with its basis_weight; got "
+                f"basis {self.basis}, {self.basis_method} and {self.basis_weight}. Drop one."
+            )
+        if self.basis_method == "svd" and self.basis_weight is not None:
+            raise ValueError(
+                'expected a basis_weight for basis_method = "crb-svd" alone; got '
+                f"{self.basis_weight} for svd. Change the method, or drop the weight."
+            )
         return self
+
+
+class TrainingSection(train.TrainingConfig):
+    """How the network is trained, and what from."""
+
+    start: Path | None = Field(
+        None, description="run or network folder whose weights the training starts from"
+    )
+
+    @property
+    def config(self) -> train.TrainingConfig:
+        """All but the start."""
+        return train.TrainingConfig(**self.model_dump(exclude={"start"}))
 
 
 class EvaluationSection(Table):
@@ -110,6 +140,10 @@ class MapSection(Table):
     )
     mask_key: str | None = Field(
         None, description="of the mask in a .mat or .h5: that of the mask, else the coefficients'"
+    )
+    noise_std: Positive | None = Field(
+        None,
+        description="σ of their real and imaginary part each, which [training] snr_input needs",
     )
     basis: Path | None = Field(None, description="of the images, to compare with the network's")
     basis_key: str | None = Field(None, description="its key")
@@ -155,7 +189,7 @@ class Experiment(Table):
         {}, description="distributions that replace the paper's"
     )
     simulation: SimulationSection = SimulationSection()
-    training: train.TrainingConfig = train.TrainingConfig()
+    training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     map: MapSection | None = None
     brain: BrainSection | None = None
@@ -175,6 +209,18 @@ class Experiment(Table):
                     f"{', '.join(self.training.estimated)}; got {name!r}. Correct the name, or "
                     "[training] estimated."
                 )
+        if self.training.inputs:
+            raise ValueError(
+                "expected no [training] inputs: bounds in a data set hold for unknown parameters "
+                f"alone; got {', '.join(self.training.inputs)}. Train in Python, with `Samples` "
+                "whose bounds `bounds.of(..., known=...)` gives."
+            )
+        if self.map is not None and (self.map.noise_std is None) == self.training.snr_input:
+            raise ValueError(
+                "expected [map] noise_std with [training] snr_input, and none without; got "
+                f"{self.map.noise_std} and snr_input = {self.training.snr_input}. Measure it in "
+                "a region without signal, or drop one."
+            )
         if self.map is not None and self.brain is not None:
             raise ValueError("expected [map] or [brain]; got both. Keep one.")
         return self
@@ -224,7 +270,12 @@ def explained(error: ValidationError) -> str:
 
 # Where an experiment names files.
 _MAP_PATHS = ("coefficients", "mask", "basis")
-_PATHS = {"sequence": ("path",), "simulation": ("basis",), "map": _MAP_PATHS}
+_PATHS = {
+    "sequence": ("path",),
+    "simulation": ("basis",),
+    "training": ("start",),
+    "map": _MAP_PATHS,
+}
 
 
 def _moved(experiment: Experiment, move: Callable[[Path], Path]) -> Experiment:
@@ -262,13 +313,14 @@ class Inputs(NamedTuple):
         train: the pulse train.
         model: the signal model of it.
         prior: the paper's, with the experiment's replacements.
-        basis: the given basis, or the rank of the one to be made.
+        basis: the given basis, the rank of the SVD basis to be made, or what a CRB-SVD basis
+            shall be.
     """
 
     train: PulseTrain
     model: SignalModel
     prior: Prior
-    basis: Basis | int
+    basis: Basis | int | CrbSvd
 
 
 def model(experiment: Experiment, train: PulseTrain) -> SignalModel:
@@ -308,7 +360,11 @@ def inputs(experiment: Experiment) -> Inputs:
     default = paper_prior(signal_model.names, repetition_time=train.repetition_time)
     prior = Prior({**default.distributions, **experiment.prior}, default.ordered)
     simulation = experiment.simulation
-    basis: Basis | int = simulation.rank or DEFAULT_RANK
+    rank = simulation.rank or DEFAULT_RANK
+    basis: Basis | int | CrbSvd = rank
+    if simulation.basis_method == "crb-svd":
+        weight = simulation.basis_weight
+        basis = CrbSvd(rank) if weight is None else CrbSvd(rank, weight)
     if simulation.basis is not None and simulation.basis_key is not None:
         basis = files.read_basis(
             simulation.basis, key=simulation.basis_key, n_samples=train.n_samples

@@ -30,7 +30,7 @@ from fisherprint.models.protocol import SignalModel
 from fisherprint.network import Network, as_estimator
 from fisherprint.reconstruct import phantom
 from fisherprint.sequence import PulseTrain
-from fisherprint.subspace import Basis
+from fisherprint.subspace import Basis, CrbSvd
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how many of it, and of how many."""
@@ -62,6 +62,7 @@ def simulate_run(run: Run, *, executor: Executor | None = None, progress: Progre
     """
     train, simulation, basis = _simulation(run)
     folder = run.shards / _identity(train, simulation, basis)
+    crb_weight = basis.weight if isinstance(basis, CrbSvd) else None
     with simulate.workers(executor) as pool:
         if not isinstance(basis, Basis):
             basis = _kept_basis(folder / "basis.h5", simulation, basis, pool, progress)
@@ -83,7 +84,7 @@ def simulate_run(run: Run, *, executor: Executor | None = None, progress: Progre
                 held += simulate.total_energy(part.reduced.coefficients)
                 energy += part.energy
         simulate.require_determined(simulation, basis, split, found)
-    head = simulate.DataSet(simulation.model.names, basis, {}, held / energy)
+    head = simulate.DataSet(simulation.model.names, basis, {}, held / energy, crb_weight)
     files.assemble_dataset(
         run.dataset, paths, head, train, seed=simulation.seed, versions=versions()
     )
@@ -124,8 +125,8 @@ def forecast_run(
     return lines
 
 
-def _simulation(run: Run) -> tuple[PulseTrain, simulate.Simulation, Basis | int]:
-    """Train, simulation, and a basis or its rank, of a run."""
+def _simulation(run: Run) -> tuple[PulseTrain, simulate.Simulation, Basis | int | CrbSvd]:
+    """Train, simulation, and a basis or what it shall be, of a run."""
     train, model, prior, basis = inputs(run.experiment)
     section = run.experiment.simulation
     sizes = {split: getattr(section, split) for split in simulate.SPLITS}
@@ -135,7 +136,9 @@ def _simulation(run: Run) -> tuple[PulseTrain, simulate.Simulation, Basis | int]
     return train, simulation, basis
 
 
-def _identity(train: PulseTrain, simulation: simulate.Simulation, basis: Basis | int) -> str:
+def _identity(
+    train: PulseTrain, simulation: simulate.Simulation, basis: Basis | int | CrbSvd
+) -> str:
     """Of all that decides the numbers in a shard: shards of something else are not used."""
     model = simulation.model
     content = (
@@ -168,14 +171,14 @@ def _is_kept(folder: Path, shard: simulate.Shard) -> bool:
 def _kept_basis(
     path: Path,
     simulation: simulate.Simulation,
-    rank: int,
+    wanted: int | CrbSvd,
     executor: Executor,
     progress: Progress,
 ) -> Basis:
-    """The SVD basis, from the file if an earlier call has finished it."""
+    """The basis that is to be made, from the file if an earlier call has finished it."""
     with contextlib.suppress(files.UnreadableFileError):
         return files.read_basis(path, key="basis", n_samples=simulation.model.n_samples)
-    basis = simulate.fit_basis(simulation, rank, executor=executor, progress=progress)
+    basis = simulate.fit_basis(simulation, wanted, executor=executor, progress=progress)
     files.write_basis(path, basis)
     return basis
 
@@ -204,17 +207,22 @@ def train_run(
     Raises:
         OutputExistsError: there are epochs of an earlier training and `resume` is not given, or
             its network without the checkpoint to go on from.
-        ExperimentError: there is no data set, or the earlier epochs are of another one.
-        ValueError: both `resume` and `force`.
+        ExperimentError: there is no data set, or the earlier epochs are of another one; or there
+            is no network to start from, or it has another basis or other parameters.
+        ValueError: both `resume` and `force`, or a start with other options.
     """
     if resume and force:
         raise ValueError(
             "expected --resume, which keeps the earlier epochs, or --force, which forgets them; "
             "got both. Drop one."
         )
-    config = run.experiment.training
+    config = run.experiment.training.config
     data, pulses, model = read_data(run)
     digest = files.file_digest(run.dataset)
+    # What cannot be replaced is not removed, and what has begun needs no start.
+    start, start_digest = None, None
+    if run.experiment.training.start is not None and (force or not run.checkpoint.exists()):
+        start, start_digest = _read_start(run.experiment.training.start, config, data)
     if force:
         forget_training(run)
     state = None
@@ -224,7 +232,7 @@ def train_run(
                 f"{run.network} already holds trained epochs. Go on with --resume, or start again "
                 "with --force."
             )
-        state = _read_state(run, digest)
+        state, start_digest = _read_state(run, digest)
         say(f"resuming after epoch {state.epochs} of {config.epochs}")
     else:
         require_absent(run.network / "card.json")
@@ -236,14 +244,15 @@ def train_run(
         labelled(data, split, config.estimated) for split in ("training", "validation")
     )
     progress("epochs", done, config.epochs)
-    epochs = train.train(training, validation, config, state=state)
+    epochs = train.train(training, validation, config, start=start, state=state)
     for epoch, state in epochs:
         tensors = {f"weights/{key}": value for key, value in state.weights.items()}
         tensors |= {f"moments/{key}": value for key, value in state.moments.items()}
         content = {
             "epochs": state.epochs,
-            "config": config.model_dump(mode="json"),
+            "config": state.config.model_dump(mode="json"),
             "dataset_sha256": digest,
+            "start_sha256": start_digest,
         }
         files.append_jsonl(run.log, vars(epoch))
         files.write_checkpoint(run.checkpoint, tensors, content)
@@ -256,8 +265,9 @@ def train_run(
         if state.epochs > done:
             # Results of other weights, if there are any.
             forget_results(run)
-        card = _card(run, data, pulses, model)
-        files.save_network(run.network, state.weights, card | {"dataset_sha256": digest})
+        card = _card(run, state.config, data, pulses, model)
+        card |= {"dataset_sha256": digest, "start_sha256": start_digest}
+        files.save_network(run.network, state.weights, card)
 
 
 def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
@@ -271,6 +281,12 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
             f"another. Train again: fisherprint train {run.folder} --force"
         )
     test = labelled(data, "test", config.estimated)
+
+    def snr(coefficients: NDArray[Any], _: slice, std: float) -> NDArray[np.float64]:
+        return train.extra_inputs(config, coefficients, np.empty(0), noise_std=std)
+
+    beside = snr if config.snr_input else None
+
     few = train.Samples(
         test.names,
         *(part[: section.fingerprints] for part in (test.coefficients, test.theta, test.crb)),
@@ -281,6 +297,7 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
         test,
         scale_range=config.scale_range,
         noise_std=config.noise_std,
+        beside=beside,
         rng=rng,
     )
     audit = evaluation.audit(
@@ -288,6 +305,7 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
         few,
         snr=section.snr,
         n_noise=section.n_noise,
+        beside=beside,
         progress=lambda done, total: progress("fingerprints x SNR levels", done, total),
         rng=rng,
     )
@@ -364,7 +382,8 @@ def map_run(
     Raises:
         BasisMismatchError: the images were made with another basis, or have another rank.
         OutputExistsError: `out` already holds maps.
-        ExperimentError: there is no data set or no network yet.
+        ExperimentError: there is no data set or no network yet, or the images' noise is missing
+            or of no use.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
@@ -393,8 +412,21 @@ def map_run(
     if section.mask is not None:
         mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
     estimated = tuple(card["estimated"])
+    images = volume.data
+    config = train.TrainingConfig.model_validate(card["config"])
+    if (section.noise_std is None) == config.snr_input:
+        raise ExperimentError(
+            "expected the noise_std of the images for a network with snr_input, and none without; "
+            f"got {section.noise_std}, and {run.network} has snr_input = {config.snr_input}. "
+            "Measure it in a region without signal, or drop it."
+        )
+    if section.noise_std is not None:
+        extra = train.extra_inputs(config, images, np.empty(0), noise_std=section.noise_std)
+        # What stands beside the coefficients must not make a mask.
+        mask = maps.automatic_mask(images) if mask is None else mask
+        images = np.concatenate([images, extra.astype(images.real.dtype)], axis=-1)
     result = maps.estimate_maps(
-        volume.data,
+        images,
         as_estimator(network),
         estimated,
         mask=mask,
@@ -487,7 +519,11 @@ def make_brain(run: Run, *, progress: Progress) -> MapSection:
         if (share > _PURE).any():
             files.write_mask(path, share > _PURE, volume=volume)
     files.write_mask(run.brain / "mask.nii.gz", brain.mask, volume=volume)
-    return MapSection(coefficients=coefficients, mask=run.brain / "mask.nii.gz")
+    return MapSection(
+        coefficients=coefficients,
+        mask=run.brain / "mask.nii.gz",
+        noise_std=1 / section.snr if run.experiment.training.snr_input else None,
+    )
 
 
 def run_all(run: Run, *, executor: Executor | None = None, say: Say, progress: Progress) -> Path:
@@ -520,8 +556,37 @@ def run_all(run: Run, *, executor: Executor | None = None, say: Say, progress: P
     return report_run(run)
 
 
-def _read_state(run: Run, dataset_sha256: str) -> train.State:
-    """The state after the last finished epoch, of a training on this data set."""
+def _read_start(
+    folder: Path, config: train.TrainingConfig, data: simulate.DataSet
+) -> tuple[dict[str, Any], str]:
+    """Weights to start from, of a run or network folder, and their SHA-256."""
+    network = folder if (folder / "card.json").exists() else folder / "network"
+    if not (network / "card.json").exists():
+        raise ExperimentError(
+            f"expected a trained network to start from in {folder}; there is none. Train it "
+            "first, or correct [training] start."
+        )
+    weights, card = files.load_network_files(network, required=CARD_KEYS)
+    for key, wanted in (
+        ("estimated", list(config.estimated)),
+        ("inputs", list(config.inputs)),
+        ("rank", data.basis.rank),
+        ("basis_sha256", data.basis.digest),
+    ):
+        # Cards of early versions know no inputs.
+        if card.get(key, []) != wanted:
+            raise ExperimentError(
+                f"expected a network of this run's {key}, {wanted}, to start from; {network} has "
+                f"{card.get(key)}. Start from another one, or take over its data set and settings."
+            )
+    return weights, card["weights_sha256"]
+
+
+def _read_state(run: Run, dataset_sha256: str) -> tuple[train.State, str | None]:
+    """The state after the last finished epoch, of a training on this data set.
+
+    With it the SHA-256 of the weights that the training started from, if it did.
+    """
     tensors, content = files.read_checkpoint(run.checkpoint)
     # Checkpoints of early versions do not tell.
     if content.get("dataset_sha256", dataset_sha256) != dataset_sha256:
@@ -534,21 +599,27 @@ def _read_state(run: Run, dataset_sha256: str) -> train.State:
     def under(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    return train.State(content["epochs"], before, under("weights/"), under("moments/"))
+    state = train.State(content["epochs"], before, under("weights/"), under("moments/"))
+    return state, content.get("start_sha256")
 
 
 def _card(
-    run: Run, data: simulate.DataSet, pulses: PulseTrain, model: SignalModel
+    run: Run,
+    config: train.TrainingConfig,
+    data: simulate.DataSet,
+    pulses: PulseTrain,
+    model: SignalModel,
 ) -> dict[str, Any]:
     """What the network is: enough to use it without any other file."""
-    config = run.experiment.training
     theta = data.samples["training"].theta
     last = files.read_jsonl(run.log)[-1]
     sigma = config.noise_std
+    given = run.experiment.simulation.basis is not None
     return {
         "parameters": list(data.names),
         "units": {parameter.name: parameter.unit for parameter in model.parameters},
         "estimated": list(config.estimated),
+        "inputs": list(config.inputs),
         "rank": data.basis.rank,
         "ranges": {
             name: [float(column.min()), float(column.max())]
@@ -562,6 +633,8 @@ def _card(
             "epochs": last["number"],
         },
         "config": config.model_dump(mode="json"),
+        "basis_method": "given" if given else "svd" if data.crb_weight is None else "crb-svd",
+        "basis_weight": data.crb_weight,
         "basis_sha256": data.basis.digest,
         "train_sha256": pulses.digest,
         "versions": versions(),

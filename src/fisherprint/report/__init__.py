@@ -1,4 +1,4 @@
-"""The report: one function per figure, tables, and the page that shows them (Fig. 3, 5 to 10)."""
+"""The report: one function per figure, tables, and the page that shows them (Fig. 3 to 10)."""
 
 from fisherprint.report.document import (
     Section,
@@ -18,6 +18,16 @@ from fisherprint.report.figures import (
     std_histograms,
 )
 from fisherprint.report.images import map_panel
+from fisherprint.report.reproduction import (
+    Comparison,
+    audit_maps,
+    bias_of_networks,
+    bound_shares_of_networks,
+    comparison_table,
+    convergences,
+    shares_of_networks,
+    std_of_networks,
+)
 from fisherprint.report.trains import (
     bound_maps,
     bounds_against,
@@ -27,14 +37,20 @@ from fisherprint.report.trains import (
 )
 
 __all__ = [
+    "Comparison",
     "Section",
+    "audit_maps",
     "bias_histograms",
+    "bias_of_networks",
     "bound_lines",
     "bound_maps",
+    "bound_shares_of_networks",
     "bounds_against",
     "bounds_table",
+    "comparison_table",
     "compression_cost",
     "convergence",
+    "convergences",
     "draw_train",
     "draw_trains",
     "loss_shares",
@@ -44,6 +60,8 @@ __all__ = [
     "roi_table",
     "score_table",
     "shares_by_bound",
+    "shares_of_networks",
     "shares_table",
     "std_histograms",
+    "std_of_networks",
 ]

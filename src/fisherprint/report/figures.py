@@ -37,6 +37,7 @@ _LOSS_LABELS = {
     "crb": "loss (mean squared error / CRB)",
     "mse": "mean squared error (mixed units)",
     "relative": "mean relative absolute error",
+    "bias-reduced": "loss (bias² and variance in excess / CRB)",
 }
 
 
@@ -45,18 +46,25 @@ def convergence(log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Fig
 
     Args:
         log: what `train.train` yielded, or the same fields as read from the run's log.
-        loss_name: `crb`, which has a line at 1, `mse` or `relative`.
+        loss_name: `crb`, which has a line at 1, or another of `train.LossName`.
 
     Raises:
         KeyError: an unknown loss.
     """
-    _checks.index(loss_name, tuple(_LOSS_LABELS), what="loss")
-    records = [entry if isinstance(entry, Mapping) else asdict(entry) for entry in log]
-    epochs = [record["number"] for record in records]
     figure = Figure((PAGE_WIDTH, 3.8), layout="constrained")
     figure.set_label("Training and validation loss and learning rate against epoch")
     axes = figure.subplots()
-    rate = axes.twinx()
+    rate = draw_convergence(axes, log, loss_name)
+    axes.legend(handles=[*axes.get_lines(), *rate.get_lines()], loc="upper right")
+    return figure
+
+
+def draw_convergence(axes: Axes, log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Axes:
+    """Draw what `convergence` shows; returns the axes of the learning rate."""
+    _checks.index(loss_name, tuple(_LOSS_LABELS), what="loss")
+    records = [entry if isinstance(entry, Mapping) else asdict(entry) for entry in log]
+    epochs = [record["number"] for record in records]
+    rate: Axes = axes.twinx()
     rates = [record["learning_rate"] for record in records]
     rate.step(epochs, rates, where="mid", color="0.65", linewidth=1, label="learning rate")
     rate.set_yscale("log")
@@ -71,7 +79,7 @@ def convergence(log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Fig
         losses = [record[key] for record in records]
         axes.plot(epochs, losses, color=color, label=label, marker=marker, markersize=3)
     if loss_name == "crb":
-        _line_at_one(axes)
+        line_at_one(axes)
         axes.get_lines()[-1].set_label("efficient and unbiased")
     axes.set_yscale("log")
     axes.set(xlabel="epoch", ylabel=_LOSS_LABELS[loss_name])
@@ -80,8 +88,7 @@ def convergence(log: Sequence[Epoch | Mapping[str, Any]], loss_name: str) -> Fig
     # The losses lie over the learning rate, whose axes would else be drawn last.
     axes.set_zorder(rate.get_zorder() + 1)
     axes.patch.set_visible(False)
-    axes.legend(handles=[*axes.get_lines(), *rate.get_lines()], loc="upper right")
-    return figure
+    return rate
 
 
 def loss_shares(
@@ -103,7 +110,7 @@ def loss_shares(
     Raises:
         KeyError: a parameter that the audit lacks.
     """
-    figure, panels = _grid(1 + len(parameters), "Shares of the loss against SNR", sharey=True)
+    figure, panels = panels_of(1 + len(parameters), "Shares of the loss against SNR", sharey=True)
     by_parameter = audit.mean_shares_by_parameter()
     shares = [audit.mean_shares()]
     for parameter in parameters:
@@ -135,8 +142,8 @@ def bias_histograms(audit: Audit, parameters: Sequence[Parameter], *, snr: float
         KeyError: a parameter that the audit lacks.
         ValueError: an SNRmax that the audit lacks.
     """
-    figure, panels = _grid(len(parameters), f"Histograms of the bias at SNR {snr:g}")
-    level = _level(audit, snr)
+    figure, panels = panels_of(len(parameters), f"Histograms of the bias at SNR {snr:g}")
+    level = audit.level(snr)
     for axes, parameter in zip(panels, parameters, strict=True):
         column = _checks.index(parameter.name, audit.names)
         values = parameter.display_factor * audit.bias[level, :, column]
@@ -151,8 +158,8 @@ def std_histograms(audit: Audit, parameters: Sequence[Parameter], *, snr: float)
 
     Arguments and errors as for `bias_histograms`.
     """
-    figure, panels = _grid(len(parameters), f"Histograms of std/√CRB at SNR {snr:g}")
-    level = _level(audit, snr)
+    figure, panels = panels_of(len(parameters), f"Histograms of std/√CRB at SNR {snr:g}")
+    level = audit.level(snr)
     for axes, parameter in zip(panels, parameters, strict=True):
         column = _checks.index(parameter.name, audit.names)
         _histogram(axes, audit.std_ratio[level, :, column], ideal=1, color=VARIANCE)
@@ -168,28 +175,42 @@ def shares_by_bound(audit: Audit, parameters: Sequence[Parameter], *, snr: float
     there are so many, and stand at their median √CRB. Arguments and errors as for
     `bias_histograms`.
     """
-    figure, panels = _grid(
+    figure, panels = panels_of(
         len(parameters), f"Shares of the loss against √CRB at SNR {snr:g}", sharey=True
     )
-    level = _level(audit, snr)
-    shares = audit.shares
     for axes, parameter in zip(panels, parameters, strict=True):
-        column = _checks.index(parameter.name, audit.names)
-        bias, variance = shares.bias[level, :, column], shares.variance[level, :, column]
-        bound = parameter.display_factor * np.sqrt(audit.crb[:, column]) / audit.snr[level]
-        used = np.flatnonzero(~np.isnan(bias))
-        if used.size:
-            order = used[np.argsort(bound[used])]
-            bins = np.array_split(order, np.clip(order.size // 20, 1, 12))
-            binned = Shares(*(np.array([x[b].mean() for b in bins]) for x in (bias, variance)))
-            _draw_shares(axes, np.array([np.median(bound[b]) for b in bins]), binned)
+        bound, binned = binned_shares(audit, parameter, snr=snr)
+        if bound.size:
+            _draw_shares(axes, bound, binned)
         else:
             say_empty(axes)
-        unit = f" ({parameter.display_unit})" if parameter.display_unit else ""
-        axes.set(title=parameter.symbol, xlabel=rf"$\sqrt{{\mathrm{{CRB}}}}${unit}")
+        axes.set(title=parameter.symbol, xlabel=bound_label(parameter))
     panels[0].set_ylabel("share of the loss")
     legend_above(figure, panels[0])
     return figure
+
+
+def binned_shares(audit: Audit, parameter: Parameter, *, snr: float) -> tuple[Floats, Shares]:
+    """√CRB in the displayed unit, and the mean shares, of each bin of `shares_by_bound`.
+
+    Each has the shape (B,). Where no fingerprint has a finite bound, B is 0.
+    """
+    level, column = audit.level(snr), _checks.index(parameter.name, audit.names)
+    bias, variance = (share[level, :, column] for share in audit.shares)
+    bound = parameter.display_factor * np.sqrt(audit.crb[:, column]) / audit.snr[level]
+    used = np.flatnonzero(~np.isnan(bias))
+    if not used.size:
+        return np.empty(0), Shares(np.empty(0), np.empty(0))
+    order = used[np.argsort(bound[used])]
+    bins = np.array_split(order, np.clip(order.size // 20, 1, 12))
+    binned = Shares(*(np.array([x[b].mean() for b in bins]) for x in (bias, variance)))
+    return np.array([np.median(bound[b]) for b in bins]), binned
+
+
+def bound_label(parameter: Parameter) -> str:
+    """√CRB with the unit in which it is displayed."""
+    unit = f" ({parameter.display_unit})" if parameter.display_unit else ""
+    return rf"$\sqrt{{\mathrm{{CRB}}}}${unit}"
 
 
 def compression_cost(
@@ -239,7 +260,7 @@ def compression_cost(
     axes.set_yticks(rows, [parameter.symbol for parameter in parameters])
     axes.set_ylim(len(parameters) - 0.5, -0.5)
     axes.set_xlabel(f"CRB of the {data.basis.rank} coefficients / CRB of the signal")
-    _label_log(axes.xaxis)
+    label_log(axes.xaxis)
     plain(axes)
     return figure
 
@@ -263,18 +284,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def _level(audit: Audit, snr: float) -> int:
-    """Row of the audit's SNRmax."""
-    fits = np.flatnonzero(np.isclose(audit.snr, snr))
-    if not fits.size:
-        known = _checks.listing(f"{level:g}" for level in audit.snr)
-        raise ValueError(
-            f"expected an SNRmax of the audit: {known}; got {snr:g}. Audit with this one, too."
-        )
-    return int(fits[0])
-
-
-def _grid(n: int, label: str, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+def panels_of(n: int, label: str, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
     """A figure with n panels, four in a row at most; `label` says what they show."""
     n_columns = n if n <= 4 else 3
     n_rows = -(-n // n_columns)
@@ -296,7 +306,8 @@ def plain(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _line_at_one(axes: Axes) -> None:
+def line_at_one(axes: Axes) -> None:
+    """Where an efficient unbiased estimator is."""
     axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
 
 
@@ -317,16 +328,17 @@ def _draw_shares(axes: Axes, x: Floats, shares: Shares) -> None:
     axes.plot(x, shares.bias, "o-", color=BIAS, label="bias²/CRB", **style)
     axes.plot(x, shares.variance, "s-", color=VARIANCE, label="variance/CRB", **style)
     axes.plot(x, shares.loss, "^-", color=TOTAL, label="loss (sum)", **style)
-    _line_at_one(axes)
+    line_at_one(axes)
     axes.set(xscale="log", yscale="log")
-    _label_log(axes.xaxis)
-    _label_log(axes.yaxis)
+    label_log(axes.xaxis)
+    label_log(axes.yaxis)
 
 
-def _label_log(axis: Axis) -> None:
-    """Plain numbers at the decades of a logarithmic axis, and at 2 and 5 where it is short."""
+def label_log(axis: Axis) -> None:
+    """Plain numbers at the decades of a logarithmic axis, and at more where it is short."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+    subs = range(1, 10) if high < 4 * low else (1, 2, 5) if high < 50 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=tuple(subs)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -1,0 +1,645 @@
+"""The paper's results again: its figures 3 to 8, and its statements beside ours (§2.7, §3)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fisherprint import _checks, _storage, files, fisher, report, train
+from fisherprint import evaluate as evaluation
+from fisherprint.evaluate import Audit, AuditMap, Score
+from fisherprint.experiment import tissues
+from fisherprint.experiment.folder import Run, open_run, read_data, versions
+from fisherprint.experiment.schema import ExperimentError, shareable
+from fisherprint.experiment.stages import Progress, Say, load_network
+from fisherprint.models.protocol import SignalModel
+from fisherprint.network import as_estimator
+from fisherprint.parameters import Parameter
+from fisherprint.report import Comparison
+from fisherprint.subspace import Basis
+
+Floats = NDArray[np.float64]
+
+SNR = 50.0
+"""Where the paper looks closest: about the SNR of its in vivo data (§3.2)."""
+HIGH_SNR = 100.0
+"""The end of the training range, where the bias weighs most."""
+PARAMETER = "T2f"
+"""Whose maps Fig. 4 shows."""
+# Data set #2: two planes through the nominal values, x and y (§2.4, docs/decisions/025).
+PLANES = (
+    (("T1", 0.64, 2.0), ("T2f", 30e-3, 150e-3)),
+    (("T1", 0.64, 2.0), ("m0s", 0.0, 0.25)),
+)
+POINTS = 64
+LABELS = {"crb": "CRB network", "mse": "MSE network"}
+# A validation loss so far above the lowest before it is a fluctuation.
+_RISE = 0.1
+_MIN_SEEDS = 3
+# Fingerprints simulated at once: a Jacobian of 6852 samples and 8 parameters is 0.9 MB each.
+_BATCH = 64
+_DPI = 110
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one trained network shows; SI units, ratios to the bound.
+
+    Attributes:
+        loss: squared error over CRB, averaged over the training range of |M0| and test set #1.
+        loss_standard_error: of `loss`, over fingerprints.
+        loss_by_parameter: likewise by parameter.
+        validation_loss: the network's own loss after the last epoch.
+        rises: share of epochs with a validation loss more than a tenth above the lowest before.
+        bias_share: bias²/CRB by SNRmax, mean over test set #1 and all parameters.
+        variance_share: variance/CRB, likewise.
+        bias_part: part of the bias in the network's own loss, by SNRmax.
+        crossings: SNRmax at which bias and variance share of its own loss are equal.
+        bias_share_by_parameter: bias²/CRB at SNR 50.
+        variance_share_by_parameter: variance/CRB, likewise.
+        median_bias_by_parameter: median |bias| at SNR 50.
+        median_std_ratio_by_parameter: median std/√CRB at SNR 50.
+        std_deviation_by_parameter: median |std/√CRB - 1| at SNR 50.
+        plane_bias: mean |bias| of T2f over the plane of T1 and T2f at SNR 50.
+        plane_bias_share: its bias²/CRB.
+        plane_variance_share: its variance/CRB.
+        plane_std_deviation: its mean |std/√CRB - 1|.
+        plane_noise: mean |bias| that an unbiased estimator of that standard deviation would show
+            over as many noise realizations.
+        left_out: fingerprints of the audit without a bound, or with a failed estimate at SNR 50.
+    """
+
+    loss: float
+    loss_standard_error: float
+    loss_by_parameter: Mapping[str, float]
+    validation_loss: float
+    rises: float
+    bias_share: Mapping[str, float]
+    variance_share: Mapping[str, float]
+    bias_part: Mapping[str, float]
+    crossings: tuple[float, ...]
+    bias_share_by_parameter: Mapping[str, float]
+    variance_share_by_parameter: Mapping[str, float]
+    median_bias_by_parameter: Mapping[str, float]
+    median_std_ratio_by_parameter: Mapping[str, float]
+    std_deviation_by_parameter: Mapping[str, float]
+    plane_bias: float
+    plane_bias_share: float
+    plane_variance_share: float
+    plane_std_deviation: float
+    plane_noise: float
+    left_out: int
+
+
+class Pair(NamedTuple):
+    """Findings of the networks of both losses, alike in everything else."""
+
+    crb: Findings
+    mse: Findings
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A run that is finished but for its maps."""
+
+    run: Run
+    card: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    audit: Audit
+    score: Score
+
+    @property
+    def config(self) -> train.TrainingConfig:
+        return train.TrainingConfig.model_validate(self.card["config"])
+
+
+def reproduce(
+    crb: Path,
+    mse: Path,
+    out: Path,
+    *,
+    quick: Sequence[Path] = (),
+    n_noise: int = 1000,
+    say: Say,
+    progress: Progress,
+) -> tuple[Comparison, ...]:
+    """Write figures 3 to 8, the table of statements, and all numbers, from finished runs.
+
+    Args:
+        crb: evaluated run of the CRB loss.
+        mse: of the MSE loss, on the same data set and alike in everything else.
+        out: folder for `figure-*.png`, `table.md` and `numbers.json`.
+        quick: evaluated runs of the quick setting, of both losses for each of 3 seeds or more.
+        n_noise: noise realizations at each point of data set #2.
+        say: told what was written.
+        progress: told how many points of data set #2 are done.
+
+    Raises:
+        ExperimentError: a run that is missing, not trained or not evaluated, of another loss,
+            data set or configuration than it must be, or too few seeds.
+        ValueError: an audit without SNRmax 50 or 100.
+        KeyError: a run without T1, T2f and m0s.
+    """
+    full = {loss: _read(folder, loss) for loss, folder in (("crb", crb), ("mse", mse))}
+    _require_alike(full["crb"], full["mse"], but=("loss",))
+    seeds = _by_seed([_read(folder) for folder in quick])
+
+    planes = _Planes(n_noise, progress)
+    pairs = {loss: planes.of(trained, PLANES) for loss, trained in full.items()}
+    figures = _figures(full, pairs)
+    ours = Pair(*(_findings(full[loss], pairs[loss][0]) for loss in LABELS))
+    repeated = {
+        seed: Pair(*(_findings(both[loss], *planes.of(both[loss], PLANES[:1])) for loss in LABELS))
+        for seed, both in seeds.items()
+    }
+    rows = comparisons(ours, list(repeated.values()))
+    for name, figure in figures.items():
+        with _storage.replacing(out / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=_DPI)
+        say(f"figure: {out / name}.png")
+    files.write_text(out / "table.md", report.comparison_table(rows))
+    say(f"table: {out / 'table.md'}")
+    files.write_json(
+        out / "numbers.json",
+        _jsonable(
+            {
+                "full": ours._asdict() | {"provenance": _provenance(full, n_noise)},
+                "quick": {str(seed): pair._asdict() for seed, pair in repeated.items()},
+                "comparison": rows,
+            }
+        ),
+    )
+    say(f"numbers: {out / 'numbers.json'}")
+    return rows
+
+
+def rises(losses: Sequence[float], *, by: float = _RISE) -> float:
+    """Share of epochs, but the first, whose loss is above (1 + by) times the lowest before (§3.1).
+
+    0 is near-monotone convergence: no epoch undoes what was reached.
+    """
+    values = np.asarray(losses, dtype=np.float64)
+    lowest = np.minimum.accumulate(values)[:-1]
+    return float((values[1:] > (1 + by) * lowest).mean()) if len(lowest) else 0.0
+
+
+def comparisons(ours: Pair, quick: Sequence[Pair] = ()) -> tuple[Comparison, ...]:
+    """Each statement of §3.1 and §3.2 with the paper's number and ours.
+
+    Args:
+        ours: of the full-scale runs.
+        quick: of the quick setting, one pair a seed; at least two, or none.
+    """
+    rows = []
+    for claim in _CLAIMS:
+        values = [_value(claim, pair) for pair in quick]
+        interval = None
+        if values and None not in values:
+            interval = evaluation.confidence_interval([v for v in values if v is not None])
+        rows.append(
+            Comparison(
+                statement=claim.statement,
+                source=claim.source,
+                paper=claim.paper,
+                unit=claim.unit,
+                limits=claim.limits,
+                ours=_value(claim, ours),
+                quick=interval,
+            )
+        )
+    return tuple(rows)
+
+
+def _value(claim: _Claim, pair: Pair) -> float | None:
+    value = claim.value(pair)
+    return value if value is not None and np.isfinite(value) else None
+
+
+class _Claim(NamedTuple):
+    """A statement of the paper, its number as printed, and how ours is found, in `unit`."""
+
+    statement: str
+    source: str
+    paper: str
+    value: Callable[[Pair], float | None]
+    unit: str = ""
+    limits: tuple[float, float] = (-np.inf, np.inf)
+
+
+def _at_most(limit: float) -> tuple[float, float]:
+    return -np.inf, limit
+
+
+def _at_least(limit: float) -> tuple[float, float]:
+    return limit, np.inf
+
+
+def _between(parts: Mapping[str, float], low: float = 10.0, high: float = 50.0) -> list[float]:
+    return [part for snr, part in parts.items() if low <= float(snr) <= high]
+
+
+def _ratio_of(field: str, name: str) -> Callable[[Pair], float]:
+    """Of a parameter's number, that of the CRB network over that of the MSE network."""
+
+    def value(pair: Pair) -> float:
+        crb, mse = (getattr(each, field)[name] for each in pair)
+        return float(crb / mse)
+
+    return value
+
+
+_SNR, _HIGH = f"{SNR:g}", f"{HIGH_SNR:g}"
+
+# Limits are what the reproduction asks of itself, docs/decisions/025-reproduction.md.
+_CLAIMS = (
+    _Claim(
+        "CRB loss converges to about 1: on test set #1, over the training range of |M0|",
+        "§3.1, Fig. 3", "≈ 1", lambda p: p.crb.loss, limits=_at_most(1.0),
+    ),
+    _Claim(
+        "the same of the MSE network",
+        "", "", lambda p: p.mse.loss,
+    ),
+    _Claim(
+        "CRB loss on the validation set after the last epoch",
+        "§3.1, Fig. 3", "≈ 1", lambda p: p.crb.validation_loss,
+    ),
+    _Claim(
+        "CRB loss converges virtually monotonously: epochs more than 10 % above the lowest before",
+        "§3.1, Fig. 3", "none", lambda p: 100 * p.crb.rises, "%", _at_most(5.0),
+    ),
+    _Claim(
+        "MSE loss fluctuates: the same",
+        "§3.1, Fig. 3", "strong", lambda p: 100 * p.mse.rises, "%",
+    ),
+    _Claim(
+        "mean |bias| of T2f over T1 and T2f, CRB network",
+        "§3.2, Fig. 4b", "5.23 ms", lambda p: 1e3 * p.crb.plane_bias, "ms", _at_most(5.2),
+    ),
+    _Claim(
+        "the same, MSE network",
+        "§3.2, Fig. 4a", "14.1 ms", lambda p: 1e3 * p.mse.plane_bias, "ms",
+    ),
+    _Claim(
+        "the same, CRB over MSE network",
+        "§3.2, Fig. 4", "0.37", lambda p: p.crb.plane_bias / p.mse.plane_bias,
+        limits=_at_most(0.5),
+    ),
+    _Claim(
+        "bias²/CRB of T2f there, CRB network",
+        "authors' maps", "0.56", lambda p: p.crb.plane_bias_share,
+    ),
+    _Claim(
+        "variance/CRB of T2f there, CRB network",
+        "authors' maps", "0.67", lambda p: p.crb.plane_variance_share,
+    ),
+    _Claim(
+        "std of T2f there agrees with √CRB: mean |std/√CRB − 1|, CRB network",
+        "§3.2, Fig. 4d, e", "close", lambda p: p.crb.plane_std_deviation,
+    ),
+    _Claim(
+        "the same, MSE network",
+        "§3.2, Fig. 4c, e", "substantial", lambda p: p.mse.plane_std_deviation,
+    ),
+    *(
+        _Claim(
+            f"bias of {name} on test set #1 is smaller: median |bias|, CRB over MSE network",
+            "§3.2, Fig. 5", "< 1", _ratio_of("median_bias_by_parameter", name),
+            limits=_at_most(1.0),
+        )
+        for name in ("m0s", "T1", "T2f")
+    ),
+    *(
+        _Claim(
+            f"std of {name} agrees better with √CRB: median |std/√CRB − 1|, CRB over MSE network",
+            "§3.2, Fig. 6", "< 1", _ratio_of("std_deviation_by_parameter", name),
+            limits=_at_most(1.0),
+        )
+        for name in ("m0s", "T1", "T2f")
+    ),
+    _Claim(
+        "variance dominates the CRB network's loss: largest part of the bias, SNR 10 to 50",
+        "§3.2, Fig. 7", "< 0.5", lambda p: max(_between(p.crb.bias_part)), limits=_at_most(0.5),
+    ),
+    _Claim(
+        "bias takes over only beyond the training range: first crossing above SNR 10",
+        "§3.2, Fig. 7", "> 100",
+        lambda p: next((snr for snr in p.crb.crossings if snr > 10), None),
+        limits=_at_least(100.0),
+    ),
+    _Claim(
+        "bias dominates the MSE network's loss: smallest part of the bias, SNR 10 to 50",
+        "§3.2, Fig. 7", "> 0.5", lambda p: min(_between(p.mse.bias_part)), limits=_at_least(0.5),
+    ),
+    _Claim(
+        "bias²/CRB at SNR 50, CRB network",
+        "§3.2, Fig. 8", "", lambda p: p.crb.bias_share[_SNR], limits=_at_most(0.25),
+    ),
+    _Claim(
+        "variance/CRB at SNR 50, CRB network",
+        "§3.2, Fig. 8", "", lambda p: p.crb.variance_share[_SNR],
+    ),
+    _Claim(
+        "loss at SNR 50, CRB network",
+        "§3.2, Fig. 8", "≈ 1", lambda p: p.crb.bias_share[_SNR] + p.crb.variance_share[_SNR],
+        limits=_at_most(1.0),
+    ),
+    _Claim(
+        "bias²/CRB at SNR 50 is lower: CRB over MSE network",
+        "§3.2, Fig. 8", "< 1", lambda p: p.crb.bias_share[_SNR] / p.mse.bias_share[_SNR],
+        limits=_at_most(1.0),
+    ),
+    _Claim(
+        "bias²/CRB at SNR 100, CRB network",
+        "§3.2, Fig. 7", "", lambda p: p.crb.bias_share[_HIGH],
+    ),
+    _Claim(
+        "variance/CRB at SNR 100, CRB network",
+        "§3.2, Fig. 7", "", lambda p: p.crb.variance_share[_HIGH],
+    ),
+)  # fmt: skip
+
+
+def _read(folder: Path, loss: str | None = None) -> _Trained:
+    """A run with its network and its audit, of the loss if one is named.
+
+    Raises:
+        ExperimentError: something is missing or of another loss.
+    """
+    run = open_run(folder)
+    _, card = load_network(run)
+    if not run.audit.exists():
+        raise ExperimentError(
+            f"expected an evaluated run; {folder} has no audit yet. Evaluate it: "
+            f"fisherprint evaluate {folder}"
+        )
+    known = card["config"]["loss"]
+    if known not in LABELS or loss not in (None, known):
+        wanted = " or ".join(LABELS) if loss is None else loss
+        raise ExperimentError(
+            f"expected a network of the {wanted} loss in {folder}; it is of the {known} loss. "
+            "Name another run."
+        )
+    if card.get("inputs"):
+        raise ExperimentError(
+            "expected a network of the coefficients alone, as in the paper; that in "
+            f"{folder} also has the inputs {_checks.listing(card['inputs'])}. Name another run."
+        )
+    trained = _Trained(run, card, files.read_jsonl(run.log), *files.read_audit(run.audit))
+    for snr in (SNR, HIGH_SNR):
+        trained.audit.level(snr)
+    return trained
+
+
+def _require_alike(first: _Trained, other: _Trained, *, but: tuple[str, ...]) -> None:
+    """Require the same data set and the same training but for some fields."""
+    if first.card["dataset_sha256"] != other.card["dataset_sha256"]:
+        raise ExperimentError(
+            f"expected networks of one data set; {first.run.folder} and {other.run.folder} have "
+            f"different ones. Train the second on that of the first: fisherprint vary "
+            f"{first.run.folder} -o RUN --set training.loss={other.config.loss}"
+        )
+    one, two = first.config.model_dump(), other.config.model_dump()
+    changed = [name for name in one if name not in but and one[name] != two[name]]
+    if changed:
+        raise ExperimentError(
+            f"expected networks that differ in {_checks.listing(but)} alone; {first.run.folder} "
+            f"and {other.run.folder} differ in {_checks.listing(changed)}. Train one again."
+        )
+    if not np.array_equal(first.audit.snr, other.audit.snr) or not np.array_equal(
+        first.audit.truth, other.audit.truth
+    ):
+        raise ExperimentError(
+            f"expected audits of the same fingerprints and SNRmax; those of {first.run.folder} "
+            f"and {other.run.folder} differ. Evaluate one again with --force and the [evaluation] "
+            "of the other."
+        )
+
+
+def _by_seed(quick: Sequence[_Trained]) -> dict[int, dict[str, _Trained]]:
+    """Runs of the quick setting by seed and loss."""
+    found: dict[int, dict[str, _Trained]] = defaultdict(dict)
+    for trained in quick:
+        _require_alike(quick[0], trained, but=("loss", "seed"))
+        config = trained.config
+        if config.loss in found[config.seed]:
+            raise ExperimentError(
+                f"expected one quick run for each seed and loss; got two of seed {config.seed} "
+                f"and the {config.loss} loss, {found[config.seed][config.loss].run.folder} and "
+                f"{trained.run.folder}. Leave one out."
+            )
+        found[config.seed][config.loss] = trained
+    lacking = sorted(seed for seed, both in found.items() if len(both) < len(LABELS))
+    if quick and (lacking or len(found) < _MIN_SEEDS):
+        alone = f", of which {_checks.listing(map(str, lacking))} with one loss alone"
+        raise ExperimentError(
+            f"expected quick runs of both losses for at least {_MIN_SEEDS} seeds; got "
+            f"{len(found)} seeds{alone * bool(lacking)}. Train more: fisherprint vary "
+            f"{quick[0].run.folder} -o RUN --set training.seed=1"
+        )
+    return dict(sorted(found.items()))
+
+
+class _Planes:
+    """Audits over planes of data set #2; each plane is simulated once for each basis."""
+
+    def __init__(self, n_noise: int, progress: Progress) -> None:
+        self._n_noise, self._progress = n_noise, progress
+        self._simulated: dict[tuple[str, object], train.Samples] = {}
+
+    def of(self, trained: _Trained, planes: Sequence[Any]) -> list[AuditMap]:
+        data, _, model = read_data(trained.run)
+        digest = files.file_digest(trained.run.dataset)
+        if trained.card["dataset_sha256"] != digest:
+            raise ExperimentError(
+                f"expected the data set that {trained.run.network} was trained with; "
+                f"{trained.run.dataset} is another. Train again: "
+                f"fisherprint train {trained.run.folder} --force"
+            )
+        estimator = as_estimator(load_network(trained.run)[0])
+        return [self._over(trained, estimator, model, data.basis, plane) for plane in planes]
+
+    def _over(
+        self,
+        trained: _Trained,
+        estimator: evaluation.Estimator,
+        model: SignalModel,
+        basis: Basis,
+        plane: tuple[tuple[str, float, float], tuple[str, float, float]],
+    ) -> AuditMap:
+        x_values, y_values = (np.linspace(low, high, POINTS) for _, low, high in plane)
+        x, y = (model.parameters[model.index(name)] for name, _, _ in plane)
+        what = f"{x.name} x {y.name}"
+        key = trained.card["dataset_sha256"], plane
+        if key not in self._simulated:
+            theta = grid(model, (x.name, x_values), (y.name, y_values))
+            self._simulated[key] = _simulated(
+                model,
+                basis,
+                theta,
+                lambda done, total: self._progress(f"simulation of {what}", done, total),
+            )
+        points = self._simulated[key].select(trained.config.estimated)
+        name = trained.run.folder.name
+        audit = evaluation.audit(
+            estimator,
+            points,
+            snr=[SNR],
+            n_noise=self._n_noise,
+            progress=lambda done, total: self._progress(f"{what} of {name}", done, total),
+            # The same noise for each network.
+            rng=np.random.default_rng(trained.run.experiment.evaluation.seed),
+        )
+        return AuditMap(x, y, x_values, y_values, audit)
+
+
+def grid(model: SignalModel, x: tuple[str, Floats], y: tuple[str, Floats]) -> Floats:
+    """Data set #2: θ over two parameters, the others at the prior's nominal values (§2.4).
+
+    Args:
+        model: of the parameters.
+        x: name and values of the parameter that varies fastest.
+        y: of the other one.
+
+    Returns:
+        Shape (Y·X, P).
+    """
+    theta = np.tile(tissues.tissue(tissues.PRIOR, model.names), (len(x[1]) * len(y[1]), 1))
+    theta[:, model.index(x[0])] = np.tile(x[1], len(y[1]))
+    theta[:, model.index(y[0])] = np.repeat(y[1], len(x[1]))
+    return theta
+
+
+def _simulated(
+    model: SignalModel, basis: Basis, theta: Floats, progress: Callable[[int, int], None]
+) -> train.Samples:
+    """Coefficients of parameter sets (S, P) and the coefficients' bound of all P parameters."""
+    coefficients = np.empty((len(theta), basis.rank), dtype=np.complex128)
+    crb = np.empty(theta.shape)
+    for first in range(0, len(theta), _BATCH):
+        part = slice(first, first + _BATCH)
+        out = model.simulate(theta[part])
+        coefficients[part] = basis.compress(out.signal)
+        information = fisher.information(
+            coefficients[part], basis.compress(out.jacobian), noise_std=1.0
+        )
+        crb[part] = fisher.bounds(information)[:, : theta.shape[1]]
+        progress(min(first + _BATCH, len(theta)), len(theta))
+    return train.Samples(model.names, coefficients, theta, crb)
+
+
+def _findings(trained: _Trained, plane: AuditMap) -> Findings:
+    audit, score = trained.audit, trained.score
+    level = audit.level(SNR)
+    mean, by_parameter = audit.mean_shares(), audit.mean_shares_by_parameter()
+    own = mean if trained.config.loss == "crb" else audit.mean_squares()
+
+    def by_snr(values: Floats) -> dict[str, float]:
+        return {f"{audit.snr[q]:g}": float(values[q]) for q in np.argsort(audit.snr)}
+
+    def by_name(values: Floats) -> dict[str, float]:
+        return {name: float(v) for name, v in zip(audit.names, values, strict=True)}
+
+    bias, std, root = (part(PARAMETER) for part in (plane.bias, plane.std, plane.root))
+    seen = np.isfinite(root)
+    ratio = std[seen] / root[seen]
+    return Findings(
+        loss=score.loss,
+        loss_standard_error=score.standard_error,
+        loss_by_parameter=by_name(score.loss_by_parameter),
+        validation_loss=trained.log[-1]["validation_loss"],
+        rises=rises([record["validation_loss"] for record in trained.log]),
+        bias_share=by_snr(mean.bias),
+        variance_share=by_snr(mean.variance),
+        bias_part=by_snr(own.bias / own.loss),
+        crossings=evaluation.crossings(audit.snr, own),
+        bias_share_by_parameter=by_name(by_parameter.bias[level]),
+        variance_share_by_parameter=by_name(by_parameter.variance[level]),
+        median_bias_by_parameter=by_name(np.nanmedian(np.abs(audit.bias[level]), axis=0)),
+        median_std_ratio_by_parameter=by_name(audit.median_std_ratio_by_parameter()[level]),
+        std_deviation_by_parameter=by_name(
+            np.nanmedian(np.abs(audit.std_ratio[level] - 1), axis=0)
+        ),
+        plane_bias=float(np.abs(bias).mean()),
+        plane_bias_share=float(((bias[seen] / root[seen]) ** 2).mean()),
+        plane_variance_share=float((ratio**2).mean()),
+        plane_std_deviation=float(np.abs(ratio - 1).mean()),
+        # E|x| of a normal deviate of standard deviation s is s √(2/π).
+        plane_noise=float(std.mean() * np.sqrt(2 / np.pi / plane.audit.n_noise)),
+        left_out=audit.n_unbounded + int(audit.n_failed[level]),
+    )
+
+
+def _figures(
+    full: Mapping[str, _Trained], planes: Mapping[str, Sequence[AuditMap]]
+) -> dict[str, Figure]:
+    """Each figure of the paper by the name of its file."""
+    crb = full["crb"]
+    _, _, model = read_data(crb.run)
+    described = [model.parameters[model.index(name)] for name in crb.config.estimated]
+    shown = model.parameters[model.index(PARAMETER)]
+    audits = {LABELS[loss]: trained.audit for loss, trained in full.items()}
+    low, high = (scale / crb.config.noise_std for scale in crb.config.scale_range)
+    figures = {
+        "figure-3-convergence": report.convergences(
+            {loss: trained.log for loss, trained in full.items()}
+        ),
+        "figure-5-bias": report.bias_of_networks(audits, described, snr=SNR),
+        "figure-6-std": report.std_of_networks(audits, described, snr=SNR),
+        "figure-7-shares-by-snr": report.shares_of_networks(audits, training_snr=(low, high)),
+        "figure-8-shares-by-bound": report.bound_shares_of_networks(audits, described, snr=SNR),
+    }
+    for both in zip(*planes.values(), strict=True):
+        maps = {LABELS[loss]: each for loss, each in zip(planes, both, strict=True)}
+        x, y = both[0].x, both[0].y
+        figures[f"figure-4-{x.name}-{y.name}"] = report.audit_maps(
+            maps, shown, marked=_nominal(model, x, y)
+        )
+    return dict(sorted(figures.items()))
+
+
+def _nominal(model: SignalModel, *parameters: Parameter) -> tuple[float, float]:
+    centre = tissues.tissue(tissues.PRIOR, model.names)
+    x, y = (float(centre[model.index(parameter.name)]) for parameter in parameters)
+    return x, y
+
+
+def _provenance(full: Mapping[str, _Trained], n_noise: int) -> dict[str, Any]:
+    """What the numbers come from."""
+    crb = full["crb"]
+    shared = ("dataset_sha256", "train_sha256", "basis_sha256")
+    return {
+        **{key: crb.card[key] for key in shared},
+        "weights_sha256": {loss: each.card["weights_sha256"] for loss, each in full.items()},
+        "trained_with": {loss: each.card["versions"] for loss, each in full.items()},
+        "experiment": shareable(crb.run.experiment),
+        "fingerprints_audited": len(crb.audit.truth),
+        "n_noise": crb.audit.n_noise,
+        "n_noise_on_planes": n_noise,
+        "points_on_planes": POINTS**2,
+        "versions": versions(),
+    }
+
+
+def _jsonable(value: Any) -> Any:
+    """Nested values as JSON knows them: dataclasses and tuples opened, no NaN or Inf."""
+    if isinstance(value, Comparison):
+        quick = None if value.quick is None else value.quick._asdict()
+        opened = {**asdict(value), "agrees": value.agrees, "quick": quick}
+        return {key: _jsonable(part) for key, part in opened.items()}
+    if isinstance(value, Findings):
+        return _jsonable(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
