@@ -141,8 +141,19 @@ def test_the_help_names_an_experiment_that_comes_along() -> None:
     )
     train, *_ = stages.inputs(bundled)
     assert train.digest == sequence.bundled().digest
-    sizes = [e.simulation.training for e in (demo, bundled, Experiment())]
-    assert sizes == sorted(set(sizes))
+    trained = [e.simulation.training * e.training.epochs for e in (demo, bundled, Experiment())]
+    assert trained == sorted(set(trained))
+
+
+def test_two_experiments_compare_two_trains() -> None:
+    bundled, papers = (
+        next(p for p in EXPERIMENTS if p.stem == stem) for stem in ("bundled", "papers-train")
+    )
+    same = {"title": True, "sequence": True}
+    contents = [
+        stages.read(path).model_dump(exclude=same | {"data": True}) for path in (bundled, papers)
+    ]
+    assert contents[0] == contents[1]
 
 
 def test_paths_are_relative_to_the_data_folder_and_that_to_the_file(tmp_path: Path) -> None:
