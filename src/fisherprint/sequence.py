@@ -36,7 +36,9 @@ class PulseTrain:
         repetition_time: TR in s.
         inversion: `crushed` (gradients refocus the inverted path) or `spoiled` (all transverse
             magnetization is lost before and after it).
-        phase_increment: of the RF pulses in rad, within ±2π; π alternates their phase.
+        phase_increment: in rad, within ±2π: by this the magnetization turns against the pulses
+            in each repetition, in the sense of a positive B0. So the phase of the RF pulses
+            falls by it from one to the next; π alternates it.
 
     Raises:
         ValueError: values that are not finite, not of one shape, not in SI units, or a pulse
