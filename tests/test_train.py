@@ -435,6 +435,7 @@ CHANGES = {
     "scale_range": (0.5, 1.0),
     "noise_std": 0.02,
     "precision": "bfloat16",
+    "remove_phase": True,
     "compiled": True,
     "seed": 1,
 }

@@ -1,4 +1,4 @@
-"""Training: losses, augmentation by M0 and noise, and the one loop (§2.2, §2.6)."""
+"""Augmentation by M0 and noise, and the one loop (§2.4, §2.6)."""
 
 from __future__ import annotations
 
@@ -8,227 +8,32 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Generator, Tensor
 from torch.optim import Adam
 
 from fisherprint import _checks
-from fisherprint.network import Network, Normalization
-
-LossName = Literal["crb", "mse", "relative", "bias-reduced"]
-
-# |θ| below this fraction of the prior spread counts as that fraction in the relative loss.
-RELATIVE_FLOOR = 0.01
+from fisherprint.network import Network
+from fisherprint.train.config import Samples, TrainingConfig
+from fisherprint.train.losses import (
+    RELATIVE_FLOOR,
+    bias_reduced_loss,
+    crb_loss,
+    mse_loss,
+    relative_loss,
+)
 
 # Losses that every training is validated by.
 _ORDINARY = ("crb", "mse", "relative")
-# Fields of the config that this loss alone uses.
-_BIAS_REDUCED = ("realizations", "variance_weight", "variance_limit")
 
 # Streams of random numbers: epochs have their number, 1, 2, ...
 _INITIAL_WEIGHTS = 0
 _VALIDATION_SEED = 20220701
 _VALIDATION_CHUNK = 16384
-
-
-class TrainingConfig(BaseModel):
-    """How a network is trained; the defaults are the paper's (§2.4, §2.6), but for the warm-up."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    estimated: tuple[str, ...] = Field(
-        default=("m0s", "T1", "T2f"),
-        min_length=1,
-        description="parameters that the network estimates",
-    )
-    inputs: tuple[str, ...] = Field(
-        default=(), description="parameters known from maps, which the network is given"
-    )
-    snr_input: bool = Field(
-        default=False, description="give the network log(‖x‖/σ) beside the coefficients x"
-    )
-    bounded: bool = Field(
-        default=False, description="keep the estimates within the range of the training set"
-    )
-    normalization: Normalization = Field(
-        default="group", description="group, or batch as in the authors' code"
-    )
-    loss: LossName = Field(
-        default="crb", description="crb (Eq. 1 of the paper), mse, relative or bias-reduced"
-    )
-    realizations: int = Field(
-        default=200, ge=2, description="N_r of the bias-reduced loss: noises of one fingerprint"
-    )
-    variance_weight: float = Field(
-        default=1.0, ge=0, description="λ of the bias-reduced loss: of variance beyond the limit"
-    )
-    variance_limit: float = Field(
-        default=1.0, ge=0, description="δ of the bias-reduced loss: free variance, in bounds"
-    )
-    epochs: int = Field(default=400, ge=1, description="passes through the training set")
-    batch_size: int = Field(
-        default=512,
-        ge=1,
-        description="inputs of the network in one step: fingerprints, times realizations",
-    )
-    learning_rate: float = Field(
-        default=0.01, gt=0, description="step size of Adam in the first epochs"
-    )
-    # The paper names no warm-up. Without it the first steps of Adam at this rate move all weights
-    # together and can silence half of the ReLUs: the loss then stays at that of a constant.
-    warmup_steps: int = Field(
-        default=200, ge=0, description="steps over which the rate rises from 0"
-    )
-    halve_every: int = Field(
-        default=40, ge=1, description="epochs after which the learning rate halves"
-    )
-    learning_rate_floor: float = Field(
-        default=1e-5, ge=0, description="the learning rate stops here"
-    )
-    scale_range: tuple[float, float] = Field(
-        default=(0.1, 1.0), description="limits of the uniformly drawn |M0|"
-    )
-    noise_std: float = Field(
-        default=0.01,
-        gt=0,
-        description="σ of the real and of the imaginary part each; SNRmax = |M0|/σ",
-    )
-    remove_phase: bool = Field(
-        default=False, description="turn the coefficients so that the first is real"
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the wide matrix products; weights and sums stay float32"
-    )
-    compiled: bool = Field(
-        default=False,
-        description="compile the step; pays for its minute from some thousand steps on",
-    )
-    seed: int = Field(
-        default=0, ge=0, description="of the initial weights, the order and the noise"
-    )
-
-    @field_validator("estimated", "inputs")
-    @classmethod
-    def _distinct(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) != len(names):
-            raise ValueError(f"expected different parameters; got {names}. Name each once.")
-        return names
-
-    @model_validator(mode="after")
-    def _known_or_estimated(self) -> Self:
-        both = set(self.inputs) & set(self.estimated)
-        if both:
-            raise ValueError(
-                f"expected inputs that are not estimated; got {_checks.listing(sorted(both))} in "
-                "both. Drop each from one."
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _options_of_the_loss(self) -> Self:
-        if self.loss == "bias-reduced":
-            if self.batch_size % self.realizations:
-                raise ValueError(
-                    "expected a batch_size that is a multiple of realizations = "
-                    f"{self.realizations}; got {self.batch_size}. It counts inputs of the "
-                    f"network: {32 * self.realizations} are 32 fingerprints."
-                )
-            return self
-        for name in _BIAS_REDUCED:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f'expected {name} with loss = "bias-reduced"; got it with {self.loss!r}, '
-                    "which has no use for it. Drop it, or change the loss."
-                )
-        return self
-
-    @field_validator("scale_range")
-    @classmethod
-    def _positive_range(cls, limits: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < limits[0] <= limits[1]:
-            raise ValueError(
-                f"expected 0 < low ≤ high; got {limits}. A signal of scale 0 has no bound."
-            )
-        return limits
-
-    @model_validator(mode="after")
-    def _floor_below_start(self) -> Self:
-        if self.learning_rate_floor > self.learning_rate:
-            raise ValueError(
-                f"expected learning_rate_floor ≤ learning_rate = {self.learning_rate}; got "
-                f"{self.learning_rate_floor}. Lower the floor."
-            )
-        return self
-
-    @property
-    def noises(self) -> tuple[int, ...]:
-        """Axis of noise realizations of one fingerprint and M0: (N_r,), or () where it has one."""
-        return (self.realizations,) if self.loss == "bias-reduced" else ()
-
-    @property
-    def fingerprints(self) -> int:
-        """Fingerprints in a step."""
-        return self.batch_size // math.prod(self.noises)
-
-    def learning_rate_at(self, epoch: int, step: int) -> float:
-        """Learning rate of a step: halved every `halve_every` epochs, after the warm-up (§2.6).
-
-        Args:
-            epoch: counted from 1.
-            step: counted from 1 since the start of the training, not of the epoch.
-        """
-        halvings = (epoch - 1) // self.halve_every
-        rate = max(self.learning_rate * 0.5**halvings, self.learning_rate_floor)
-        return rate * min(1.0, step / self.warmup_steps) if self.warmup_steps else rate
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Fingerprints in the subspace with their truth and their bounds.
-
-    Attributes:
-        names: parameters, in the order of the columns.
-        coefficients: for M0 = 1 without noise, shape (S, K), complex.
-        theta: true parameters, shape (S, E), SI units.
-        crb: bound of θ from the coefficients for σ = |M0| = 1, shape (S, E), those units squared;
-            infinite where the Fisher information is singular.
-
-    Raises:
-        ValueError: shapes that do not fit, no samples, NaN, or a bound that is not positive.
-    """
-
-    names: tuple[str, ...]
-    coefficients: NDArray[Any]
-    theta: NDArray[np.float64]
-    crb: NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        _checks.shape("coefficients", self.coefficients, [("S", None), ("K", None)])
-        axes = [("S", len(self.coefficients)), ("E", len(self.names))]
-        _checks.shape("theta", self.theta, axes)
-        _checks.shape("crb", self.crb, axes)
-        if len(self.theta) == 0:
-            raise ValueError("samples must not be empty; got S = 0. Simulate some.")
-        _checks.finite("coefficients", self.coefficients)
-        _checks.finite("theta", self.theta)
-        bad = ~(self.crb > 0)
-        if bad.any():
-            raise ValueError(
-                f"crb must be positive or infinite; got {self.crb[bad][0]} in {int(bad.sum())} "
-                f"of {bad.size} values. Give an infinite bound where the information is singular."
-            )
-
-    def select(self, names: Sequence[str]) -> Samples:
-        """The same samples with these parameters alone, in this order; KeyError if unknown."""
-        columns = [_checks.index(name, self.names) for name in names]
-        return Samples(
-            tuple(names), self.coefficients, self.theta[:, columns], self.crb[:, columns]
-        )
 
 
 @dataclass(frozen=True)
@@ -286,77 +91,6 @@ class DivergedError(ArithmeticError):
             "ones. Lower learning_rate and start again with --force."
         )
         self.state = state
-
-
-def crb_loss(estimate: Tensor, truth: Tensor, crb: Tensor) -> Tensor:
-    r"""Mean squared error in units of the Cramér-Rao bound (Eq. 1).
-
-        L = 1/(S E) Σ_s Σ_e (θ̂ − θ)² / CRB
-
-    A maximally efficient unbiased estimator scores 1. Where the bound is infinite there is no
-    information: such terms weigh nothing and are not counted in S E.
-
-    Args:
-        estimate: θ̂, shape (S, E), in the parameters' units.
-        truth: θ, shape (S, E), the same units.
-        crb: bound of θ for this noise and this M0, shape (S, E), those units squared.
-    """
-    return ((estimate - truth).square() / crb).sum() / crb.isfinite().sum().clamp(min=1)
-
-
-def mse_loss(estimate: Tensor, truth: Tensor) -> Tensor:
-    r"""Mean squared error in the parameters' units, which it adds up all the same (§2.6).
-
-        L = 1/(S E) Σ_s Σ_e (θ̂ − θ)²
-
-    Args:
-        estimate: θ̂, shape (S, E).
-        truth: θ, shape (S, E).
-    """
-    return (estimate - truth).square().mean()
-
-
-def relative_loss(estimate: Tensor, truth: Tensor, floor: Tensor) -> Tensor:
-    r"""Mean relative absolute error (refs. 16, 17 and 27 of the paper).
-
-        L = 1/(S E) Σ_s Σ_e |θ̂ − θ| / max(|θ|, floor)
-
-    Args:
-        estimate: θ̂, shape (S, E).
-        truth: θ, shape (S, E).
-        floor: smallest |θ| that is divided by, shape (E,); θ = 0 (no semi-solid pool) is legal.
-    """
-    return ((estimate - truth).abs() / truth.abs().maximum(floor)).mean()
-
-
-def bias_reduced_loss(
-    estimates: Tensor,
-    truth: Tensor,
-    crb: Tensor,
-    *,
-    variance_weight: float = 1.0,
-    variance_limit: float = 1.0,
-) -> Tensor:
-    r"""Bias, and variance beyond a limit, in units of the bound (Mao et al., MRM 2024).
-
-        L = 1/(S E) Σ_s Σ_e [(μ − θ)² − v/N]/CRB + λ max(v/CRB − δ, 0)
-        μ = 1/N Σ_n θ̂_n,   v = 1/(N − 1) Σ_n (θ̂_n − μ)²
-
-    The mean of N noisy estimates misses θ by the bias and by noise of variance v/N, which is
-    taken off: the first term estimates bias²/CRB without a bias of its own, and may be negative.
-    Where the bound is infinite, terms weigh nothing, as in `crb_loss`.
-
-    Args:
-        estimates: θ̂ for N noise realizations of each fingerprint with one M0, shape (S, N, E).
-        truth: θ, shape (S, E), the same units.
-        crb: bound of θ for this noise and this M0, shape (S, E), those units squared.
-        variance_weight: λ.
-        variance_limit: δ.
-    """
-    variance, mean = torch.var_mean(estimates, dim=1)
-    bias = ((mean - truth).square() - variance / estimates.shape[1]) / crb
-    excess = (variance / crb - variance_limit).clamp(min=0)
-    return (bias + variance_weight * excess).sum() / crb.isfinite().sum().clamp(min=1)
 
 
 def augment(

@@ -1,0 +1,37 @@
+"""Training: losses, augmentation by M0 and noise, and the one loop (§2.2, §2.6)."""
+
+from fisherprint.train.config import LossName, Samples, TrainingConfig
+from fisherprint.train.loop import (
+    DivergedError,
+    Epoch,
+    State,
+    augment,
+    compilable,
+    extra_inputs,
+    train,
+)
+from fisherprint.train.losses import (
+    RELATIVE_FLOOR,
+    bias_reduced_loss,
+    crb_loss,
+    mse_loss,
+    relative_loss,
+)
+
+__all__ = [
+    "RELATIVE_FLOOR",
+    "DivergedError",
+    "Epoch",
+    "LossName",
+    "Samples",
+    "State",
+    "TrainingConfig",
+    "augment",
+    "bias_reduced_loss",
+    "compilable",
+    "crb_loss",
+    "extra_inputs",
+    "mse_loss",
+    "relative_loss",
+    "train",
+]
