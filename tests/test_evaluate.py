@@ -208,6 +208,25 @@ def test_failures_and_infinite_bounds_are_left_out_and_counted() -> None:
     assert abs(score.loss - 1) < 4 * score.standard_error
 
 
+def test_determined_is_what_the_bound_knows_three_times_better_than_the_prior() -> None:
+    # Spread 3, so that √CRB must be below 1: 2 and 0.5 at SNR 1, 0.2 and 0.05 at SNR 10.
+    found = evaluate.Audit(
+        names=("a",),
+        snr=np.array([1.0, 10.0, 0.1]),
+        truth=np.array([[0.0], [6.0]]),
+        crb=np.array([[4.0], [0.25]]),
+        bias=np.ones((3, 2, 1)),
+        variance=np.full((3, 2, 1), 2.0),
+        n_noise=300,
+    )
+    wanted = [[False, True], [True, True], [False, False]]
+    np.testing.assert_array_equal(found.determined[..., 0], wanted)
+    shares = found.mean_determined_shares()
+    bias = [1 / 0.25, (1 / 0.04 + 1 / 0.0025) / 2, np.nan]
+    np.testing.assert_allclose(shares.bias[:, 0], bias, rtol=1e-12)
+    np.testing.assert_allclose(shares.variance[:, 0], 2 * np.array(bias), rtol=1e-12)
+
+
 def test_nothing_left_is_nan() -> None:
     def hopeless(c: np.ndarray) -> np.ndarray:
         return np.full((*c.shape[:-1], 2), np.nan)

@@ -145,6 +145,21 @@ class Audit:
         """The same over fingerprints alone, each (Q, E)."""
         return Shares(*(_mean(share, axis=(1,)) for share in self.shares))
 
+    @property
+    def determined(self) -> NDArray[np.bool_]:
+        """Where the data tell much more than the prior does: √CRB < spread/3, shape (Q, S, E).
+
+        The spread of the prior is the standard deviation of the true values. Elsewhere an
+        estimator does well to shrink towards the prior, and bias is no fault.
+        """
+        spread = self.truth.std(axis=0)
+        return np.asarray(np.sqrt(self.crb) / self.snr[:, None, None] < spread / 3)
+
+    def mean_determined_shares(self) -> Shares:
+        """As `mean_shares_by_parameter`, over what is `determined` alone; NaN where nothing is."""
+        inside = self.determined
+        return Shares(*(_mean(np.where(inside, s, np.nan), axis=(1,)) for s in self.shares))
+
     def mean_squares(self) -> Shares:
         """Shares of the plain mean squared error, each (Q,): the same without the bound (§2.7).
 

@@ -1,0 +1,64 @@
+"""Trained networks side by side, from the audits of their runs: shares of the loss, and errors.
+
+    python benchmarks/beyond.py RUN [RUN ...] [--snr 50]
+
+"Determined" are the fingerprints whose √CRB is below a third of the prior's spread, parameter by
+parameter. Errors are root mean squares over the noise of one fingerprint; of these the median over
+the test set, in the parameter's unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from fisherprint import experiment, files
+from fisherprint.evaluate import Audit, Score
+from fisherprint.parameters import Parameter
+
+
+def rows(
+    label: str, audit: Audit, score: Score, described: list[Parameter], *, snr: float
+) -> list[str]:
+    """A line for each parameter and one for their mean."""
+    level = audit.level(snr)
+    inside = audit.determined[level]
+    everywhere, within = audit.mean_shares_by_parameter(), audit.mean_determined_shares()
+    bias, variance = audit.shares.bias[level], audit.shares.variance[level]
+    outside = [np.nanmean(np.where(inside, np.nan, share), axis=0) for share in (bias, variance)]
+    pairs = [(everywhere.bias[level], everywhere.variance[level])]
+    pairs += [(within.bias[level], within.variance[level]), (outside[0], outside[1])]
+    errors = np.nanmedian(np.sqrt(audit.bias[level] ** 2 + audit.variance[level]), axis=0)
+    lines = []
+    for e, parameter in enumerate(described):
+        shares = [f"{b[e]:.3f} + {v[e]:.3f}" for b, v in pairs]
+        error = f"{parameter.display_factor * errors[e]:.3g} {parameter.display_unit}".strip()
+        head = [label, parameter.name, f"{score.loss_by_parameter[e]:.3f}"]
+        lines.append([*head, f"{100 * inside[:, e].mean():.0f} %", *shares, error])
+    shares = [f"{np.mean(b):.3f} + {np.mean(v):.3f}" for b, v in pairs]
+    lines.append([label, "mean", f"{score.loss:.3f}", f"{100 * inside.mean():.0f} %", *shares, ""])
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--snr", type=float, default=50.0, help="SNRmax")
+    arguments = parser.parse_args()
+    print(f"bias²/CRB + variance/CRB and errors at SNRmax {arguments.snr:g}\n")
+    print("| run | parameter | loss, training range | determined | all | determined | the rest "
+          "| median error |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|")
+    for folder in arguments.runs:
+        run = experiment.open_run(folder)
+        audit, score = files.read_audit(run.audit)
+        _, _, model = experiment.read_data(run)
+        described = [model.parameters[model.index(name)] for name in audit.names]
+        print("\n".join(rows(folder.name, audit, score, described, snr=arguments.snr)))
+
+
+if __name__ == "__main__":
+    main()
