@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fisherprint.parameters import Parameter, Prior, TruncatedNormal, Uniform, paper_prior
+from fisherprint.models.two_pool import PARAMETERS
+from fisherprint.parameters import (
+    Parameter,
+    Prior,
+    TruncatedNormal,
+    Uniform,
+    convert,
+    paper_prior,
+)
 
 TR = 3.5e-3
 N = 20_000
@@ -207,3 +215,43 @@ def test_a_prior_survives_the_way_to_another_process():
     np.testing.assert_array_equal(*draws)
     with pytest.raises(TypeError):
         again.distributions["m0s"] = None
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "inside", "stated"),
+    [
+        # 0.2 of all spins in one pool is a quarter of those in the other.
+        ("m0s", "F", 0.2, 0.25),
+        ("m0s", "%", 0.2, 20.0),
+        ("T1", "ms", 1.6, 1600.0),
+        ("T2s", "µs", 12e-6, 12.0),
+        ("B0", "Hz", 2 * np.pi, 1.0),
+        ("B1", "%", 0.9, 90.0),
+    ],
+)
+def test_a_parameter_stated_otherwise(name, to, inside, stated):
+    parameter = PARAMETERS[name]
+    conversion = convert(parameter, to)
+    values = np.linspace(0.5, 1.5, 5) * inside
+    there = conversion.forward(values)
+    # Double precision.
+    assert conversion.forward(np.array([inside])) == pytest.approx([stated], rel=1e-14)
+    assert conversion.backward(there) == pytest.approx(values, rel=1e-14)
+    # Differences of step h are off by h² of the third derivative, 1e-10 here, and by rounding.
+    h = 1e-5 * values
+    slope = (conversion.forward(values + h) - conversion.forward(values - h)) / (2 * h)
+    assert conversion.slope(values) == pytest.approx(slope, rel=1e-8)
+    assert conversion.parameter.display_unit == ("" if to == "F" else to)
+    assert conversion.parameter.name == ("F" if to == "F" else name)
+    low, _ = conversion.parameter.bounds
+    assert low == pytest.approx(float(conversion.forward(np.array(parameter.bounds[0]))))
+    assert to in conversion.formula
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "known"),
+    [("T1", "F", "ms, µs"), ("m0s", "ms", "%, F"), ("Rx", "Hz", r"\(none\)"), ("B0", "rad", "Hz")],
+)
+def test_no_such_way_to_state_a_parameter(name, to, known):
+    with pytest.raises(ValueError, match=f"way to state {name} .*: {known}; got '{to}'"):
+        convert(PARAMETERS[name], to)

@@ -1,8 +1,8 @@
-"""Parameters by name, and the priors from which training samples are drawn (§2.4)."""
+"""Parameters by name, other ways to state them, and priors that samples are drawn from (§2.4)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +39,79 @@ class Parameter:
     def label(self) -> str:
         """Symbol with the unit in which it is displayed."""
         return f"{self.symbol} ({self.display_unit})" if self.display_unit else self.symbol
+
+
+@dataclass(frozen=True, eq=False)
+class Conversion:
+    """Another way to state a parameter where people read and write; inside, all numbers are SI.
+
+    Attributes:
+        parameter: as it is stated: its name, symbol, unit and bounds.
+        forward: from the number inside to the stated one.
+        slope: derivative of `forward`, which carries standard deviations over.
+        backward: from the stated number to that inside.
+        formula: what was done, for people.
+    """
+
+    parameter: Parameter
+    forward: Callable[[NDArray[np.floating]], NDArray[np.floating]]
+    slope: Callable[[NDArray[np.floating]], NDArray[np.floating]]
+    backward: Callable[[NDArray[np.floating]], NDArray[np.floating]]
+    formula: str
+
+
+RATIO = "F"
+"""Name of m0s stated as the ratio of both pools."""
+# Stated units of an SI unit: how many of them it holds.
+_UNITS = {
+    "s": {"ms": 1e3, "µs": 1e6},
+    "rad/s": {"Hz": 1 / (2 * np.pi)},
+    "": {"%": 100.0},
+}
+
+
+def convert(parameter: Parameter, to: str) -> Conversion:
+    r"""State a parameter otherwise: times in ms or µs, B0 in Hz, fractions in %, m0s as F.
+
+    F is the ratio of both pools, m0s/m0f, that other tools use; with m0s + m0f = 1
+
+        F = m0s / (1 − m0s),   dF/dm0s = 1 / (1 − m0s)²,   m0s = F / (1 + F)
+
+    Args:
+        parameter: in SI units.
+        to: a unit, or "F" for m0s.
+
+    Raises:
+        ValueError: no such way to state this parameter; the message lists those there are.
+    """
+    if parameter.name == "m0s" and to == RATIO:
+        low, high = parameter.bounds
+        ratio = Parameter(RATIO, "$F$", "", (low / (1 - low), high / (1 - high)))
+        return Conversion(
+            ratio,
+            forward=lambda m0s: m0s / (1 - m0s),
+            slope=lambda m0s: 1 / (1 - m0s) ** 2,
+            backward=lambda F: F / (1 + F),
+            formula="F = m0s/(1 - m0s)",
+        )
+    known = _UNITS.get(parameter.unit, {})
+    if to not in known:
+        ways = [*known, *([RATIO] if parameter.name == "m0s" else [])]
+        raise ValueError(
+            f"expected a way to state {parameter.name} ({parameter.unit or 'no unit'}): "
+            f"{_checks.listing(ways)}; got {to!r}. Name one, or leave it in SI units."
+        )
+    factor = known[to]
+    low, high = (bound * factor for bound in parameter.bounds)
+    stated = Parameter(parameter.name, parameter.symbol, to, (low, high), to)
+    return Conversion(
+        stated,
+        forward=lambda values: values * factor,
+        slope=lambda values: np.full_like(values, factor),
+        backward=lambda values: values / factor,
+        formula=f"{parameter.name} in {to} = {factor:.6g} {parameter.name}"
+        + (f" in {parameter.unit}" if parameter.unit else ""),
+    )
 
 
 @dataclass(frozen=True)
