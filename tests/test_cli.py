@@ -60,7 +60,7 @@ voxel_size = 12.0
 """
 COMMANDS = (
     *("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo"),
-    *("design", "export", "vary", "reproduce"),
+    *("design", "export", "vary", "reproduce", "bids"),
 )
 
 

@@ -261,6 +261,40 @@ def map_(
 
 
 @app.command()
+def bids(
+    maps: Annotated[Path, typer.Argument(metavar="MAPS", help="Folder of maps.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="ROOT", help="Derivative data set.")
+    ],
+    subject: Annotated[str, typer.Option(metavar="LABEL", help="Of sub-, such as 01.")],
+    session: Annotated[str, typer.Option(metavar="LABEL", help="Of ses-.")] = "",
+    acquisition: Annotated[str, typer.Option(metavar="LABEL", help="Of acq-.")] = "",
+    run: Annotated[str, typer.Option(metavar="N", help="Of run-.")] = "",
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URI", help="What the maps come from; may be repeated."),
+    ] = None,
+    force: _Force = False,
+) -> None:
+    """Put a folder of maps into a BIDS derivative data set, with other subjects or alone.
+
+    Example: fisherprint bids maps -o derivatives/fisherprint --subject 01
+    """
+    from fisherprint import experiment as stages
+    from fisherprint import files
+
+    paths = files.write_bids(
+        maps,
+        output,
+        files.Entities(subject, session, acquisition, run),
+        sources=source or (),
+        versions=stages.versions(),
+        force=force,
+    )
+    typer.echo(f"{len(paths)} images: {paths[0].parent.parent}")
+
+
+@app.command()
 def report(
     source: Annotated[
         Path, typer.Argument(metavar="RUN|TRAIN", help="Run folder, or file of a pulse train.")

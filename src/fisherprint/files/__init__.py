@@ -5,6 +5,7 @@ read is an `UnreadableFileError` that says what was expected.
 """
 
 from fisherprint._storage import UnreadableFileError, require_file
+from fisherprint.files.bids import Entities, write_bids
 from fisherprint.files.records import (
     OutputExistsError,
     append_jsonl,
@@ -47,6 +48,7 @@ from fisherprint.files.volumes import (
 )
 
 __all__ = [
+    "Entities",
     "OutputExistsError",
     "PlacedMaps",
     "UnreadableFileError",
@@ -74,6 +76,7 @@ __all__ = [
     "to_toml",
     "write_audit",
     "write_basis",
+    "write_bids",
     "write_checkpoint",
     "write_coefficients",
     "write_dataset",

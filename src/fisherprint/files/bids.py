@@ -1,0 +1,234 @@
+"""Maps as a BIDS derivative data set.
+
+Source: Brain Imaging Data Structure 1.11, https://bids-specification.readthedocs.io, "Derivatives"
+and the appendix on quantitative MRI.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fisherprint import _storage
+from fisherprint._storage import UnreadableFileError
+from fisherprint.files.records import OutputExistsError, read_json, write_json, write_text
+
+BIDS_VERSION = "1.11.0"
+ESTIMATE, ERROR, STATUS = "estimate", "standard deviation", "status"
+"""What a map shows, as its sidecar says under `Kind`."""
+
+# Suffix, description and unit of what has an official suffix, by parameter.
+_OFFICIAL = {
+    "T1": ("T1map", "", "s"),
+    "T1f": ("T1map", "free", "s"),
+    "T1s": ("T1map", "semisolid", "s"),
+    "T2": ("T2map", "", "s"),
+    "T2f": ("T2map", "", "s"),
+    "M0": ("M0map", "", "arbitrary"),
+    "B1": ("TB1map", "", ""),
+}
+_FIELD_MAPS = ("TB1map",)
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Whom and what the images show, as in the names of BIDS files.
+
+    Attributes:
+        subject: label of `sub-`.
+        session: of `ses-`; empty if there is none.
+        acquisition: of `acq-`, likewise.
+        run: of `run-`, likewise.
+
+    Raises:
+        ValueError: no subject, a label that is not made of letters and digits, or a run that is
+            no number.
+    """
+
+    subject: str
+    session: str = ""
+    acquisition: str = ""
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        for name, label in vars(self).items():
+            least = "+" if name == "subject" else "*"
+            allowed = "[0-9]" if name == "run" else "[0-9a-zA-Z]"
+            if not re.fullmatch(allowed + least, label):
+                raise ValueError(
+                    f"expected {'a number' if name == 'run' else 'letters and digits'} as the "
+                    f"{name} of a BIDS file; got {label!r}. Leave out keys such as sub-."
+                )
+
+    @property
+    def folder(self) -> Path:
+        """Of the subject and its session, from the root of the data set."""
+        subject = Path(f"sub-{self.subject}")
+        return subject / f"ses-{self.session}" if self.session else subject
+
+    @property
+    def stem(self) -> str:
+        """Beginning of the names of all files."""
+        labels = {
+            "sub": self.subject,
+            "ses": self.session,
+            "acq": self.acquisition,
+            "run": self.run,
+        }
+        return "_".join(f"{key}-{label}" for key, label in labels.items() if label)
+
+
+class _Image(NamedTuple):
+    """An image to be written: from where, what its sidecar says, its name behind the entities."""
+
+    source: Path
+    about: Mapping[str, Any]
+    datatype: str
+    name: str
+    official: bool
+
+
+def write_bids(
+    maps: str | Path,
+    root: str | Path,
+    entities: Entities,
+    *,
+    sources: Sequence[str] = (),
+    versions: Mapping[str, str],
+    force: bool = False,
+) -> list[Path]:
+    """Put a folder of maps into a BIDS derivative data set, which may hold other subjects.
+
+    T1 (of the pools apart: `desc-free`, `desc-semisolid`), T2, |M0| and B1 have official
+    suffixes. All else has suffixes of ours, which `.bidsignore` lists: the parameter's name and
+    `map`, such as `m0smap`, `Rxmap` or `T2smap`. A standard deviation has the suffix of its
+    parameter and `desc-std`. The status is a segmentation with a table of its codes,
+    `desc-status_dseg`.
+
+    Args:
+        maps: folder that `write_maps` wrote.
+        root: of the data set; made if absent.
+        entities: of the images.
+        sources: what they were made from, as BIDS URIs or paths; else what the sidecars say.
+        versions: of the packages, `fisherprint` among them.
+        force: replace images of these entities.
+
+    Returns:
+        The images' paths.
+
+    Raises:
+        UnreadableFileError: the folder holds no maps.
+        OutputExistsError: there are images of these entities, or the data set is no derivative.
+        ValueError: an official map in another unit than that of its suffix.
+    """
+    images = [_planned(image, about) for image, about in _found(Path(maps))]
+    root = Path(root)
+    description = _description(root, versions)
+    targets = [
+        root / entities.folder / image.datatype / f"{entities.stem}_{image.name}.nii.gz"
+        for image in images
+    ]
+    for target in targets:
+        if target.exists() and not force:
+            raise OutputExistsError(
+                f"expected no images of {entities.stem} in {root}; there is {target.name}. "
+                "Give another run or acquisition, or replace them with --force."
+            )
+    write_json(root / "dataset_description.json", description)
+    _ignore(root, sorted({f"*_{image.name}.*" for image in images if not image.official}))
+    for image, target in zip(images, targets, strict=True):
+        with _storage.replacing(target) as temporary:
+            temporary.write_bytes(image.source.read_bytes())
+        beside = target.with_name(target.name.removesuffix(".nii.gz"))
+        write_json(f"{beside}.json", _sidecar(image.about, sources))
+        if image.about["Kind"] == STATUS:
+            codes = image.about["Codes"].items()
+            write_text(f"{beside}.tsv", "index\tname\n" + "".join(f"{c}\t{n}\n" for c, n in codes))
+    return targets
+
+
+def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Images of a folder of maps with what their sidecars say."""
+    found = []
+    for sidecar in sorted(folder.glob("*.json")):
+        image = sidecar.with_suffix(".nii.gz")
+        if image.exists() and "Parameter" in (about := read_json(sidecar)):
+            # Early versions wrote estimates alone.
+            found.append((image, {"Kind": ESTIMATE} | about))
+    if not found:
+        raise UnreadableFileError(
+            f"expected a folder of maps with their sidecars; {folder} holds none. "
+            "Make maps first, with fisherprint map."
+        )
+    return found
+
+
+def _planned(source: Path, about: Mapping[str, Any]) -> _Image:
+    """Where an image belongs."""
+    if about["Kind"] == STATUS:
+        return _Image(source, about, "anat", "desc-status_dseg", official=True)
+    name = about["Parameter"]
+    error = "std" if about["Kind"] == ERROR else ""
+    if name not in _OFFICIAL:
+        described = f"desc-{error}_" if error else ""
+        return _Image(source, about, "anat", f"{described}{name}map", official=False)
+    suffix, description, unit = _OFFICIAL[name]
+    if about["Unit"] != unit:
+        raise ValueError(
+            f"expected {name} in {unit or 'no unit'}, as a {suffix} is; got {about['Unit']!r} in "
+            f"{source}. Make the maps without another unit for {name}."
+        )
+    label = description + error
+    datatype = "fmap" if suffix in _FIELD_MAPS else "anat"
+    full = f"desc-{label}_{suffix}" if label else suffix
+    return _Image(source, about, datatype, full, official=True)
+
+
+def _description(root: Path, versions: Mapping[str, str]) -> dict[str, Any]:
+    """`dataset_description.json`: that of the data set if there is one, else a new one."""
+    path = root / "dataset_description.json"
+    ours = {"Name": "fisherprint", "Version": versions["fisherprint"]}
+    if not path.exists():
+        return {
+            "Name": "Maps of quantitative MRI",
+            "BIDSVersion": BIDS_VERSION,
+            "DatasetType": "derivative",
+            "GeneratedBy": [ours],
+        }
+    description = read_json(path)
+    kind = description.get("DatasetType", "raw")
+    if kind != "derivative":
+        raise OutputExistsError(
+            f"expected a derivative data set, or a new one; {root} is {kind}. "
+            "Write to its folder derivatives/fisherprint instead."
+        )
+    makers = [maker for maker in description.get("GeneratedBy", []) if maker != ours]
+    return {**description, "GeneratedBy": [*makers, ours]}
+
+
+def _ignore(root: Path, patterns: Sequence[str]) -> None:
+    """Add to `.bidsignore` what it lacks."""
+    path = root / ".bidsignore"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    missing = [pattern for pattern in patterns if pattern not in lines]
+    if missing:
+        write_text(path, "\n".join([*lines, *missing, ""]))
+
+
+def _sidecar(about: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+    """BIDS' own fields first, then all that the map's sidecar says."""
+    own = about.get("Source")
+    fields = {
+        "Description": about.get("Description", f"{about['Parameter']}, {about['Kind']}"),
+        "Units": about["Unit"] or "1",
+        "EstimationAlgorithm": about.get("EstimationAlgorithm"),
+        "EstimationReference": about.get("EstimationReference"),
+        "Sources": list(sources) or ([own] if own else []),
+    }
+    if about["Kind"] == STATUS:
+        del fields["Units"]
+    known = {key: value for key, value in fields.items() if value not in (None, [])}
+    return known | {"Fisherprint": dict(about)}
