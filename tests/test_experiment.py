@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from fisherprint import experiment as stages
-from fisherprint import files, maps, report, sequence
+from fisherprint import files, inference, maps, report, sequence
 from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentError, Run
 from fisherprint.files import OutputExistsError, UnreadableFileError
 from fisherprint.models.protocol import SignalModel
@@ -366,6 +366,7 @@ def train_file(run: Run) -> list[np.ndarray]:
 
 OWN = merged(MAP, {"map": {"basis": "own.h5", "basis_key": "U"}})
 SNR_INPUT = merged(MAP, {"map": {"noise_std": 0.5}, "training": {"snr_input": True}})
+FLOAT32 = merged(MAP, {"map": {"precision": "float32"}})
 INSIDE = merged(MAP, {"map": {"mask_key": "inside"}})
 SPLIT = ["m0s", "T1f", "T1s", "T2f", "Rx", "T2s", "B0", "B1"]
 # Field: where it shows, the experiment without the change (beyond TINY), and the change.
@@ -400,6 +401,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.mask": (mapped, MAP, {"map": {"mask": "mask.npy"}}),
     "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
     "map.noise_std": (trained_and_mapped, SNR_INPUT, {"map": {"noise_std": 0.6}}),
+    "map.precision": (mapped, FLOAT32, {"map": {"precision": "bfloat16"}}),
     "map.basis": (compared, OWN, {"map": {"basis": "basis.h5"}}),
     "map.basis_key": (compared, OWN, {"map": {"basis_key": "V"}}),
     "map.quarter_turns": (picture, MAP, {"map": {"quarter_turns": 1}}),
@@ -738,6 +740,8 @@ def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> 
     expected = as_estimator(network)(np.hstack([x, extra]))
     # Maps are stored in single precision.
     np.testing.assert_allclose(result.values[result.mask], expected, rtol=1e-5, atol=1e-6)
+    provenance = files.read_json(run.maps / "m0s.json")["Provenance"]
+    assert provenance["precision"] == inference.fastest()
     bare = run.experiment.map.model_copy(update={"noise_std": None})
     with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
         stages.map_run(run, bare, run.maps, **silent_map)

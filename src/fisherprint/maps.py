@@ -17,8 +17,8 @@ from fisherprint import _checks
 
 Estimator = Callable[[NDArray[np.complexfloating]], NDArray[np.floating]]
 
-# Voxels for one call of the estimator: enough to keep it busy, 2 MB of 13 coefficients.
-_CHUNK = 16384
+# Voxels for one call of the estimator: enough to keep all cores busy, 7 MB of 13 coefficients.
+_CHUNK = 65536
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from fisherprint import files, sequence, train
+from fisherprint.inference import Precision
 from fisherprint.models import SinglePool, TwoPool
 from fisherprint.models.cycle import Saturation
 from fisherprint.models.protocol import PulsedModel, SignalModel
@@ -144,6 +145,10 @@ class MapSection(Table):
     noise_std: Positive | None = Field(
         None,
         description="σ of their real and imaginary part each, which [training] snr_input needs",
+    )
+    precision: Precision | None = Field(
+        None,
+        description="of the widest products, float32 or bfloat16; else what is faster here",
     )
     basis: Path | None = Field(None, description="of the images, to compare with the network's")
     basis_key: str | None = Field(None, description="its key")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherprint import evaluate as evaluation
-from fisherprint import files, maps, simulate, train
+from fisherprint import files, inference, maps, simulate, train
 from fisherprint.experiment.folder import (
     Run,
     forget_results,
@@ -271,7 +271,10 @@ def train_run(
 
 
 def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
-    """Stage 3: bias and variance on the test set against the bound of the coefficients."""
+    """Stage 3: bias and variance on the test set against the bound of the coefficients.
+
+    In float32 on any processor, so that audits compare (docs/decisions/027).
+    """
     section, config = run.experiment.evaluation, run.experiment.training
     data, _, _ = read_data(run)
     network, card = load_network(run)
@@ -425,9 +428,10 @@ def map_run(
         # What stands beside the coefficients must not make a mask.
         mask = maps.automatic_mask(images) if mask is None else mask
         images = np.concatenate([images, extra.astype(images.real.dtype)], axis=-1)
+    precision = section.precision or inference.fastest()
     result = maps.estimate_maps(
         images,
-        as_estimator(network),
+        as_estimator(network, precision=precision),
         estimated,
         mask=mask,
         on_progress=lambda done, total: progress("voxels", done, total),
@@ -440,6 +444,7 @@ def map_run(
         "basis_sha256": card["basis_sha256"],
         "basis_of_images_sha256": known,
         "loss": card["config"]["loss"],
+        "precision": precision,
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
     regions = _regions(result, say)

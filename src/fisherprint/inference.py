@@ -1,0 +1,213 @@
+"""The layers of a trained network as a fast function of many voxels, on the CPU (decision 027).
+
+The 14 layers of `Network.forward`, in another order of the same sums:
+
+- Subtracting the mean of each group is linear: it moves from normalization into the weights and
+  biases before it. What normalization leaves is a division by the root mean square.
+- A few hundred voxels at a time go through all layers, so that their activations stay in the
+  cache; bias, skip connection, normalization and ReLU read and write them once.
+- Each core has voxels of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fisherprint import _threads
+
+Floats = NDArray[np.float32]
+Precision = Literal["float32", "bfloat16"]
+
+# Voxels at once: their activations, 2 MB in the widest layer, stay in the cache of a core.
+_CHUNK = 512
+# Layers whose widths both reach this do four fifths of all multiplications, in the middle of the
+# network. Rounding to 8 bits hurts in those before and after them.
+_ROUNDED = 512
+
+# Fused multiply-add, and sums in any order; NaN and Inf keep their meaning.
+_FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def fastest() -> Precision:
+    """The precision of products that is fastest on this processor.
+
+    Without instructions for bfloat16 a processor converts number by number, which is several times
+    slower than float32.
+    """
+    # Early versions of torch 2 do not tell.
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer with its normalization.
+
+    Attributes:
+        weight: shape (n_in, n_out), float32; or a tensor (n_out, n_in) of bfloat16.
+        bias: shape (n_out,).
+        group: neighbours that are divided by their common root mean square; 0 for no division.
+        epsilon: added to the mean square.
+        scale: of what comes of it, shape (n_out,).
+        shift: added to that, shape (n_out,).
+    """
+
+    weight: Floats | Tensor
+    bias: Floats
+    group: int
+    epsilon: float
+    scale: Floats
+    shift: Floats
+
+    def product(self, x: Floats) -> Floats:
+        """Of inputs (B, n_in) with the weights: (B, n_out)."""
+        if isinstance(self.weight, np.ndarray):
+            return x @ self.weight
+        return functional.linear(torch.from_numpy(x).bfloat16(), self.weight).float().numpy()
+
+
+def layers(linear: Iterable[Any], norm: Iterable[Any], precision: Precision) -> list[Layer]:
+    """Copies of layers, with what is linear in their normalization moved into the weights.
+
+    Args:
+        linear: layers with a weight (n_out, n_in) and a bias.
+        norm: group or batch normalization of each one's output, in evaluation mode.
+        precision: of the products of the widest layers.
+    """
+    made = []
+    for product, normalization in zip(linear, norm, strict=True):
+        weight, bias, scale, shift = (
+            parameter.detach().double().numpy().T
+            for part in (product, normalization)
+            for parameter in (part.weight, part.bias)
+        )
+        group = 0
+        if isinstance(normalization, nn.GroupNorm):
+            group = len(bias) // normalization.num_groups
+            weight, bias = _centred(weight, group), _centred(bias, group)
+        else:
+            mean, variance = (
+                statistic.double().numpy()
+                for statistic in (normalization.running_mean, normalization.running_var)
+            )
+            scale = scale / np.sqrt(variance + normalization.eps)
+            shift = shift - scale * mean
+        rounded = precision == "bfloat16" and min(weight.shape) >= _ROUNDED
+        single = weight.astype(np.float32, order="C")
+        made.append(
+            Layer(
+                torch.from_numpy(single.T).bfloat16() if rounded else single,
+                bias.astype(np.float32),
+                group,
+                normalization.eps,
+                scale.astype(np.float32),
+                shift.astype(np.float32),
+            )
+        )
+    return made
+
+
+def through(layers: Sequence[Layer], skips: Mapping[int, int], x: Floats, width: int) -> Floats:
+    """What comes out of layers, shape (B, n_out) of the last one.
+
+    Args:
+        layers: counted from 1.
+        skips: layer -> the earlier one whose output before normalization it adds; 0 is the input.
+        x: the input, shape (B, n_in).
+        width: so many of its first columns are what is added.
+    """
+    kept = {0: np.ascontiguousarray(x[:, :width])}
+    for number, layer in enumerate(layers, start=1):
+        skip = kept[skips[number]] if number in skips else None
+        if skips.get(number) == 0 and layer.group:
+            # What comes out of layers is centred by their weights; the input is not.
+            skip = _centred(kept[0], layer.group)
+        y = layer.product(x)
+        x = np.empty_like(y)
+        _normalize(y, layer.bias, skip, layer.group, layer.epsilon, layer.scale, layer.shift, x)
+        if number in skips.values():
+            kept[number] = y
+    return x
+
+
+def in_parts(
+    function: Callable[[NDArray[Any]], NDArray[Any]], rows: NDArray[Any], result: NDArray[Any]
+) -> None:
+    """Fill the rows of a result with a function of other rows, some at a time, on all cores.
+
+    Args:
+        function: (B, ...) -> (B, ...), called in threads that have one core each.
+        rows: its arguments, shape (V, ...).
+        result: where its results go, shape (V, ...).
+    """
+
+    # Torch keeps this mode by thread.
+    @torch.inference_mode()
+    def fill(start: int) -> None:
+        part = slice(start, start + _CHUNK)
+        result[part] = function(rows[part])
+
+    n_threads = _threads.usable()
+    with (
+        _threads.one_thread(),
+        ThreadPoolExecutor(n_threads, initializer=_one_thread_of_torch) as pool,
+    ):
+        # Going through the results raises what a thread raised.
+        for _ in pool.map(fill, range(0, len(rows), _CHUNK)):
+            pass
+
+
+@numba.njit(cache=True, fastmath=_FAST, nogil=True)
+def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[no-untyped-def]
+    """Add bias and skip to y, in place, and x = ReLU(scale·y/rms + shift), rms that of a group."""
+    n_rows, width = y.shape
+    size = group if group > 0 else width
+    for row in range(n_rows):
+        for start in range(0, width, size):
+            part = slice(start, start + size)
+            # Indices from zero on: the compiler vectorizes these loops alone.
+            of_y, of_x, of_bias = y[row, part], x[row, part], bias[part]
+            of_scale, of_shift = scale[part], shift[part]
+            square = np.float32(0)
+            if skip is None:
+                for i in range(size):
+                    value = of_y[i] + of_bias[i]
+                    of_y[i] = value
+                    square += value * value
+            else:
+                of_skip = skip[row, part]
+                for i in range(size):
+                    value = of_y[i] + of_bias[i] + of_skip[i]
+                    of_y[i] = value
+                    square += value * value
+            factor = np.float32(1)
+            if group > 0:
+                factor = np.float32(1 / np.sqrt(square / size + epsilon))
+            for i in range(size):
+                value = factor * of_y[i] * of_scale[i] + of_shift[i]
+                # NaN is not below 0: it stays.
+                of_x[i] = np.float32(0) if value < 0 else value
+
+
+def _centred(values: NDArray[Any], group: int) -> NDArray[Any]:
+    """Each group of neighbours along the last axis less its mean."""
+    groups = values.reshape(*values.shape[:-1], -1, group)
+    return np.asarray((groups - groups.mean(axis=-1, keepdims=True)).reshape(values.shape))
+
+
+def _one_thread_of_torch() -> None:
+    """In a thread that shares the cores with others, products of torch take one core."""
+    # At its first use in a thread, torch sets the number of OpenMP's threads, and not again.
+    torch.get_num_threads()
+    threadpool_limits(1, user_api="openmp")
