@@ -223,6 +223,9 @@ def map_(
         float | None,
         typer.Option(help="σ of Re and Im, for a network of it."),
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; else the faster here.")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Map images of another basis all the same.")
     ] = False,
@@ -246,6 +249,7 @@ def map_(
         basis=basis,
         basis_key=basis_key,
         noise_std=noise_std,
+        precision=precision,
     )
     with _display() as display:
         stages.map_run(
@@ -508,6 +512,22 @@ def export(
         display.say("timing check: passed")
         display.say(f"sequence: {pulseq}")
         display.say(f"trajectory: {beside}")
+
+
+@app.command()
+def onnx(
+    run: _Run,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.onnx")],
+    force: _Force = False,
+) -> None:
+    """Write a run's network as ONNX, for programs without Python.
+
+    Example: fisherprint onnx runs/bundled -o network.onnx
+    """
+    from fisherprint import experiment as stages
+
+    stages.write_onnx(stages.open_run(run), output, force=force)
+    typer.echo(f"network: {output}")
 
 
 # Options enough for a screen: two lines of help are one paragraph.

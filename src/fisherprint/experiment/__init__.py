@@ -24,6 +24,7 @@ from fisherprint.experiment.bound_pages import (
 )
 from fisherprint.experiment.cluster import workers
 from fisherprint.experiment.designing import Design, design_train, read_design
+from fisherprint.experiment.exchange import write_onnx
 from fisherprint.experiment.folder import (
     Run,
     open_run,
@@ -110,4 +111,5 @@ __all__ = [
     "workers",
     "write_bounds_csv",
     "write_bounds_json",
+    "write_onnx",
 ]

@@ -108,6 +108,12 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write bytes; an existing file is replaced whole or not at all."""
+    with _storage.replacing(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write JSON; an existing file is replaced whole or not at all.
 
