@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fisherprint import inference
 from fisherprint.network import Network
 from fisherprint.train import (
     RELATIVE_FLOOR,
@@ -337,6 +338,25 @@ def test_without_a_compiler_the_loop_is_the_plain_one(
         run(config, state=compiled)
 
 
+def test_without_instructions_for_bfloat16_products_are_in_float32(
+    tiny_run: list[tuple[Epoch, State]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"precision": "bfloat16"})
+    monkeypatch.setattr(inference, "fastest", lambda: "bfloat16")
+    rounded = run(config)
+    assert outcome(rounded) != outcome(tiny_run)
+    monkeypatch.setattr(inference, "fastest", lambda: "float32")
+    with pytest.warns(UserWarning, match=r"instructions for bfloat16 .*in float32 instead\."):
+        steps = run(config)
+    assert outcome(steps) == outcome(tiny_run)
+    # What was done is what is resumed, here and there.
+    assert steps[0][1].config.precision == "float32"
+    assert outcome([steps[0], *run(config, state=steps[0][1])]) == outcome(tiny_run)
+    with pytest.warns(UserWarning, match=r"on slowly, as the run began\."):
+        rest = run(config, state=rounded[0][1])
+    assert outcome([rounded[0], *rest]) == outcome(rounded)
+
+
 def test_a_start_is_trained_on(tiny_run: list[tuple[Epoch, State]]) -> None:
     weights = tiny_run[-1][1].weights
     still = CONFIG.model_copy(update={"learning_rate": 1e-12, "learning_rate_floor": 0.0})
@@ -449,7 +469,9 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_every_field_of_the_config_matters(name: str) -> None:
+def test_every_field_of_the_config_matters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # On any processor.
+    monkeypatch.setattr(inference, "fastest", lambda: "bfloat16")
     base = REDUCED if name in ("realizations", "variance_weight", "variance_limit") else CONFIG
     config = TrainingConfig(**{**base.model_dump(), name: CHANGES[name]})
     assert outcome(run(config)) != outcome(run(base))

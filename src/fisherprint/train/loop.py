@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.optim import Adam
 
-from fisherprint import _checks
+from fisherprint import _checks, inference
 from fisherprint.network import Network
 from fisherprint.train.config import Samples, TrainingConfig
 from fisherprint.train.losses import (
@@ -255,9 +255,30 @@ def compilable(device: torch.device) -> str | None:
 def _with_possible(
     config: TrainingConfig, state: State | None, device: torch.device
 ) -> TrainingConfig:
-    """The config, not compiled where that is impossible, or where the resumed run was not."""
-    if state is not None and not state.config.compiled:
-        return config.model_copy(update={"compiled": False}) if config.compiled else config
+    """The config with what this machine can do, or with what the resumed run did.
+
+    Steps are not compiled where that is impossible, and products are not rounded to bfloat16 on a
+    CPU that converts number by number: it takes several times as long as with float32.
+    """
+    if state is not None:
+        changes = {name: getattr(state.config, name) for name in ("compiled", "precision")}
+        # Only what was impossible there is taken over: other changes are refused later.
+        lost = {
+            name: value
+            for name, value in changes.items()
+            if value == TrainingConfig.model_fields[name].default
+        }
+        config = config.model_copy(update=lost)
+    slow = device.type == "cpu" and inference.fastest() == "float32"
+    if config.precision == "bfloat16" and slow:
+        if state is None:
+            config = config.model_copy(update={"precision": "float32"})
+        warnings.warn(
+            "expected a processor with instructions for bfloat16 (AVX-512 BF16, AMX); this one "
+            "has none: training "
+            + ("in float32 instead." if state is None else "on slowly, as the run began."),
+            stacklevel=3,
+        )
     if not config.compiled:
         return config
     reason = compilable(device)
