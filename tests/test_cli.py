@@ -918,3 +918,46 @@ def test_no_nilearn_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refused("run", experiment, "-o", tmp_path / "run")
     assert "nilearn" in message and "pip install" in message
+
+
+# Known maps.
+
+
+def test_known_maps_from_the_experiment_to_the_report(
+    finished: tuple[Path, Path], images: Path, tmp_path: Path
+) -> None:
+    """A network that is told B0 and B1, on the data set of one that is not, by commands alone."""
+    run = tmp_path / "told"
+    said = done("vary", finished[1], "-o", run, "--set", 'training.inputs=["B0","B1"]')
+    assert f"next: fisherprint run {run / 'experiment.toml'} -o {run}" in said
+    said = done("run", run / "experiment.toml", "-o", run)
+    assert "known B0: median" in said and "known B1: median" in said
+    assert "RMSE/√global" in said
+    assert json.loads((run / "network/card.json").read_text())["inputs"] == ["B0", "B1"]
+    # The brain's own maps by hand: the same values.
+    known = [f"--known={name}={run}/brain/truth/{name}.nii.gz" for name in ("B1", "B0")]
+    again = tmp_path / "maps"
+    mask = ["--mask", run / "brain/mask.nii.gz"]
+    done("map", run / "brain/coefficients.nii.gz", "--run", run, "-o", again, *known, *mask)
+    for name in ("m0s", "T1", "T2f"):
+        first, second = (
+            np.asarray(nibabel.load(folder / f"{name}.nii.gz").dataobj)
+            for folder in (run / "maps", again)
+        )
+        np.testing.assert_array_equal(first, second)
+    page = (run / "report.html").read_text()
+    assert "The network is told B0 and B1." in page
+    # And what is wrong with them.
+    elsewhere = tmp_path / "x"
+    command = ["map", run / "brain/coefficients.nii.gz", "--run", run, "-o", elsewhere]
+    assert "missing are B0, superfluous are (none)" in refused(*command, known[0])
+    for wrong in ("B1", "B1=", "=b1.nii"):
+        result = call(*command, "--known", wrong)
+        assert result.code == 2 and "--known NAME=FILE" in result.err
+    assert "each name once" in call(*command, known[0], known[0]).err
+    percent = tmp_path / "percent.nii.gz"
+    image = nibabel.load(run / "brain/truth/B1.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(100 * image.get_fdata(), image.affine), percent)
+    message = refused(*command, known[1], f"--known=B1={percent}", *mask)
+    assert "Is it in percent? 1 is the nominal value." in message
+    assert not elsewhere.exists()

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from fisherprint import evaluate
+from fisherprint import evaluate, fisher
 from fisherprint.evaluate import audit, loss_over_scales
 from fisherprint.train import Samples
 
@@ -268,3 +269,88 @@ def test_loss_over_scales_refuses(change: dict[str, object], message: str) -> No
 def test_an_estimator_of_other_parameters_is_refused() -> None:
     with pytest.raises(ValueError, match=r"axes \(S=400, N=2, E=2\); got the shape \(400, 2, 4\)"):
         audit(lambda c: c.real, TEST, snr=[10], n_noise=2, rng=np.random.default_rng(0))
+
+
+# The prior.
+
+
+class Prior(NamedTuple):
+    """`Calibrated` with a normal prior, and its information with the two columns of M0."""
+
+    samples: Samples
+    information: np.ndarray
+    covariance: np.ndarray
+
+    def best(self, snr: float) -> Callable[[np.ndarray], np.ndarray]:
+        """The posterior mean: least squares, shrunk by F (F + C⁻¹)⁻¹; the prior's mean is 0."""
+        F = snr**2 * PROBLEM.A.T @ PROBLEM.A
+        gain = np.linalg.solve(F + np.linalg.inv(self.covariance), F)
+        return lambda c: PROBLEM.least_squares(c) @ gain.T
+
+
+@pytest.fixture(scope="module")
+def normal() -> Prior:
+    covariance = np.array([[1.0, 0.3], [0.3, 0.25]])
+    root = np.linalg.cholesky(covariance)
+    theta = np.random.default_rng(10).normal(size=(4000, 2)) @ root.T
+    signal = np.hstack([np.full((4000, 1), PROBLEM.BIG), theta @ PROBLEM.A.T]).astype(complex)
+    jacobian = np.tile(np.vstack([np.zeros(2), PROBLEM.A]).astype(complex), (4000, 1, 1))
+    information = fisher.information(signal, jacobian, noise_std=1.0)
+    crb = fisher.bounds(information)[:, :2]
+    return Prior(Samples(("a", "b"), signal, theta, crb), information, covariance)
+
+
+def against(
+    normal: Prior, estimator: Callable[[np.ndarray], np.ndarray], snr: float
+) -> tuple[np.ndarray, np.ndarray]:
+    found = audit(estimator, normal.samples, snr=[snr], n_noise=10, rng=np.random.default_rng(11))
+    prior = fisher.prior_bounds(normal.information, normal.samples.theta, found.names, snr=[snr])
+    ratio, error = dataclasses.replace(found, prior=prior).over_prior_bound()
+    return ratio[0], error[0]
+
+
+@pytest.mark.parametrize("snr", [0.1, 0.6, 3.0])
+def test_no_estimator_beats_the_bound_with_the_prior_and_the_posterior_mean_reaches_it(
+    normal: Prior, snr: float
+) -> None:
+    ratio, error = against(normal, normal.best(snr), snr)
+    # Its squares have relative standard deviation √2 at most, of 4000 fingerprints: 2 % of the
+    # mean, 1 % of its root; as much for the variance of the draws in the bound. Four of both.
+    assert (error < 0.0125).all()
+    assert np.abs(ratio - 1).max() < 4 * np.hypot(0.011, 0.011)
+    # Without bias the data's bound is reached, without the data the prior's spread.
+    F, prior = snr**2 * PROBLEM.A.T @ PROBLEM.A, np.linalg.inv(normal.covariance)
+    best = np.diag(np.linalg.inv(F + prior))
+    for estimator, variance in (
+        (PROBLEM.least_squares, np.linalg.inv(F)),
+        (PROBLEM.shrunk(0.0), normal.covariance),
+    ):
+        ratio, error = against(normal, estimator, snr)
+        assert (ratio > 1 - 4 * np.hypot(error, 0.011)).all()
+        expected = np.sqrt(np.diag(variance) / best)
+        np.testing.assert_allclose(ratio, expected, rtol=4 * np.hypot(0.011, 0.011))
+
+
+def test_errors_count_fingerprints_without_a_bound_but_not_failed_ones() -> None:
+    found = evaluate.Audit(
+        names=("a",),
+        snr=np.array([2.0]),
+        truth=np.zeros((4, 1)),
+        crb=np.array([[1.0], [4.0], [9.0], [np.inf]]),
+        bias=np.array([[[1.0], [np.nan], [3.0], [2.0]]]),
+        variance=np.array([[[0.0], [np.nan], [3.0], [4.0]]]),
+        n_noise=300,
+        prior=fisher.PriorBounds(("a",), np.array([2.0]), np.ones(1), *np.full((2, 1, 1), 5.25)),
+    )
+    # Squares of 1, 12 and 8: their mean is 7, its standard error √(62/2)/√3 = 3.2146.
+    assert found.root_mean_square == pytest.approx(np.sqrt(7))
+    ratio, error = found.over_prior_bound()
+    assert ratio == pytest.approx(np.sqrt(7 / 5.25))
+    assert error == pytest.approx(np.sqrt(7 / 5.25) * np.sqrt(62 / 2 / 3) / 14)
+    # Of 1, 2, 3 and ∞, the middle two: √((4 + 9)/2) over the SNR.
+    assert found.median_root_crb() == pytest.approx(np.sqrt(6.5) / 2)
+
+
+def test_an_audit_without_the_prior_says_how_to_get_it(efficient: evaluate.Audit) -> None:
+    with pytest.raises(ValueError, match=r"bounds of the prior; got one without\. Evaluate again"):
+        efficient.over_prior_bound()

@@ -17,8 +17,8 @@ import scipy.io
 import torch
 from pydantic import BaseModel, ValidationError
 
+from fisherprint import evaluate, files, fisher, inference, maps, report, sequence
 from fisherprint import experiment as stages
-from fisherprint import files, inference, maps, report, sequence
 from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentError, Run
 from fisherprint.files import OutputExistsError, UnreadableFileError
 from fisherprint.models.protocol import SignalModel
@@ -92,6 +92,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for key in ("inside", "left"):
                 file[key] = rng.random(SHAPE) < 0.5
     np.save(folder / "mask.npy", rng.random(SHAPE) < 0.5)
+    for name in ("b1", "other-b1"):
+        np.save(folder / f"{name}.npy", rng.uniform(0.8, 1.2, SHAPE))
     return folder
 
 
@@ -272,7 +274,9 @@ def test_a_given_basis_takes_the_place_of_a_rank(inputs: Path) -> None:
         (MAP | {"brain": {}}, r"expected \[map\] or \[brain\]"),
         (merged(MAP, {"map": {"noise_std": 0.1}}), "got 0.1 and snr_input = False"),
         (merged(MAP, {"training": {"snr_input": True}}), "got None and snr_input = True"),
-        ({"training": {"inputs": ["B1"]}}, r"expected no \[training\] inputs.*got B1"),
+        ({"training": {"inputs": ["B2"]}}, "expected parameters of the model.*got 'B2'"),
+        (merged(MAP, {"training": {"inputs": ["B1"]}}), r"inputs, B1; missing are B1, superf"),
+        (merged(MAP, {"map": {"known": {"B1": "b1.npy"}}}), r"\(none\), superfluous are B1\. "),
     ],
 )
 def test_an_option_that_would_do_nothing_is_refused(change: dict[str, Any], message: str) -> None:
@@ -367,6 +371,7 @@ def train_file(run: Run) -> list[np.ndarray]:
 OWN = merged(MAP, {"map": {"basis": "own.h5", "basis_key": "U"}})
 SNR_INPUT = merged(MAP, {"map": {"noise_std": 0.5}, "training": {"snr_input": True}})
 FLOAT32 = merged(MAP, {"map": {"precision": "float32"}})
+KNOWN = merged(MAP, {"map": {"known": {"B1": "b1.npy"}}, "training": {"inputs": ["B1"]}})
 INSIDE = merged(MAP, {"map": {"mask_key": "inside"}})
 SPLIT = ["m0s", "T1f", "T1s", "T2f", "Rx", "T2s", "B0", "B1"]
 # Field: where it shows, the experiment without the change (beyond TINY), and the change.
@@ -402,6 +407,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
     "map.noise_std": (trained_and_mapped, SNR_INPUT, {"map": {"noise_std": 0.6}}),
     "map.precision": (mapped, FLOAT32, {"map": {"precision": "bfloat16"}}),
+    "map.known": (trained_and_mapped, KNOWN, {"map": {"known": {"B1": "other-b1.npy"}}}),
     "map.basis": (compared, OWN, {"map": {"basis": "basis.h5"}}),
     "map.basis_key": (compared, OWN, {"map": {"basis_key": "V"}}),
     "map.quarter_turns": (picture, MAP, {"map": {"quarter_turns": 1}}),
@@ -565,8 +571,11 @@ def test_the_signal_model_is_the_one_that_was_asked_for(inputs: Path) -> None:
 
 
 def test_files_to_map_are_missed_before_the_simulation(inputs: Path, tmp_path: Path) -> None:
-    for change in ({"coefficients": "no.h5"}, {"mask": "no.npy"}, {"basis": "no.mat"}):
-        run = stages.start(read(inputs, merged(TINY, merged(OWN, {"map": change}))), tmp_path)
+    changes = ({"coefficients": "no.h5"}, {"mask": "no.npy"}, {"basis": "no.mat"})
+    for change in (*changes, {"known": {"B1": "no.npy"}}):
+        content = merged(TINY, merged(OWN, {"map": change}))
+        content["training"] |= {"inputs": list(change.get("known", {}))}
+        run = stages.start(read(inputs, content), tmp_path)
         with pytest.raises(UnreadableFileError, match=r"expected a file at .*no\."):
             stages.run_all(run, say=silent, progress=silent)
         assert not run.dataset.exists()
@@ -672,8 +681,11 @@ def test_the_summary_in_text_is_the_audit(run: Run) -> None:
     result.crb[0, 1] = np.inf
     lines = stages.summary(result, score)
     assert f"{score.loss:.3f} ± {score.standard_error:.3f}" in lines[0]
-    assert len({len(line) for line in lines[1:]}) == 1  # columns are aligned
-    rows = iter(lines[2:])
+    assert lines[8] == "over the standard deviation of the prior:"
+    assert stages.summary(dataclasses.replace(result, prior=None), score) == lines[:8]
+    for part in (lines[1:8], lines[9:]):
+        assert len({len(line) for line in part}) == 1  # columns are aligned
+    rows = iter(lines[2:8])
     for q, snr in enumerate(result.snr):
         crb = result.crb / snr**2
         bias, variance = result.bias[q] ** 2 / crb, result.variance[q] / crb
@@ -687,6 +699,23 @@ def test_the_summary_in_text_is_the_audit(run: Run) -> None:
             ]
             # Three decimals are printed.
             assert [float(word) for word in words[2:]] == pytest.approx(expected, abs=5.01e-4)
+    rows = iter(lines[10:])
+    ratio, error = result.over_prior_bound()
+    for q, snr in enumerate(result.snr):
+        for e, name in enumerate(result.names):
+            words = next(rows).split()
+            assert words[:2] == [f"{snr:g}", name]
+            spread = result.prior.spread[e]
+            expected = [
+                np.sqrt(np.mean(result.bias[q, :, e] ** 2 + result.variance[q, :, e])) / spread,
+                np.sqrt(np.median(result.crb[:, e])) / snr / spread,
+                np.sqrt(result.prior.local[q, e]) / spread,
+                np.sqrt(result.prior.overall[q, e]) / spread,
+            ]
+            found = [float(word) for word in words[2:] if word != "±"]
+            assert found[:4] == pytest.approx(expected, abs=5.01e-4)
+            # Two decimals are printed.
+            assert found[4:] == pytest.approx([ratio[q, e], error[q, e]], abs=5.01e-3)
     assert next(rows, None) is None
 
 
@@ -745,6 +774,202 @@ def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> 
     bare = run.experiment.map.model_copy(update={"noise_std": None})
     with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
         stages.map_run(run, bare, run.maps, **silent_map)
+
+
+# Known maps.
+
+
+def told(run: Run, inputs: Path, *names: str, **known: str) -> Run:
+    """The run's folder with an experiment whose network is told these parameters."""
+    change = {"map": {"known": known}, "training": {"inputs": list(names)}}
+    return Run(run.folder, read(inputs, merged(merged(TINY, MAP), change)))
+
+
+def test_a_network_that_is_told_b0_and_b1_from_the_bound_to_the_map(
+    run: Run, inputs: Path
+) -> None:
+    B0, B1 = np.random.default_rng(12).uniform([-500, 0.7], [500, 1.3], (*SHAPE, 2)).T
+    B0, B1 = B0.T, B1.T
+    B1[2, 3, 1] = np.nan
+    np.save(inputs / "b0.npy", B0)
+    with h5py.File(inputs / "field.h5", "w") as file:
+        file["B1"], file["B0"] = B1, 0 * B1
+    run = told(run, inputs, "B0", "B1", B1="field.h5", B0="b0.npy")
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    network, card = stages.load_network(run)
+    assert card["inputs"] == ["B0", "B1"]
+    assert card["fisher_unknowns"] == ["m0s", "T1", "T2f", "Rx", "T2s", "Re M0", "Im M0"]
+    # The audit knows the truth of both, and measures by the bound that does.
+    stages.evaluate_run(run, say=silent, progress=silent)
+    audit, score = files.read_audit(run.audit)
+    data, *_ = stages.read_data(run)
+    columns = [data.names.index(name) for name in ("m0s", "T2f")]
+    crb = data.crb("test", known=["B0", "B1"])[:, columns]
+    np.testing.assert_array_equal(audit.crb, crb[:8])
+    assert (crb < data.crb("test")[:, columns]).all()
+    fields = data.samples["test"].theta[:, [data.names.index(name) for name in ("B0", "B1")]]
+    again = evaluate.loss_over_scales(
+        as_estimator(network),
+        stages.labelled(data, "test", ("m0s", "T2f"), known=("B0", "B1")).select(("m0s", "T2f")),
+        beside=lambda c, part, _: np.repeat(fields[part, None], c.shape[1], axis=1),
+        rng=np.random.default_rng(1),
+    )
+    assert score.loss == again.loss
+    # The references of the prior know them, too.
+    unknown = fisher.given(data.information("test"), [data.names.index(n) for n in ("B0", "B1")])
+    lower = fisher.bounds(unknown)[:, [0, 2]].min(axis=0) / 50**2
+    assert (audit.prior.overall[1] < audit.prior.spread**2).all()
+    assert (audit.prior.overall[1] > np.minimum(lower, audit.prior.spread**2) / 10).all()
+    # What is mapped is what an estimator by hand gives, but for the voxel without B1.
+    said: list[str] = []
+    stages.map_run(
+        run, run.experiment.map, run.maps, overwrite=True, say=said.append, progress=silent
+    )
+    result = files.read_maps(run.maps, ["m0s", "T2f"]).maps
+    with h5py.File(inputs / "images.h5") as file:
+        x = file["x"][()]
+    expected = as_estimator(network)(np.concatenate([x, np.stack([B0, B1], -1)], axis=-1))
+    assert np.isnan(result.values[2, 3, 1]).all()
+    inside = np.isfinite(result.values).all(axis=-1)
+    assert inside.sum() == maps.automatic_mask(x).sum() - 1
+    # Maps are stored in single precision.
+    np.testing.assert_allclose(result.values[inside], expected[inside], rtol=1e-5, atol=1e-6)
+    assert any(re.match(r"known B0: median -?[\d.]+ \[.*\] rad/s$", line) for line in said)
+    assert any(re.match(r"known B1: median [\d.]+ \[[\d., ]+\]$", line) for line in said)
+    assert any(line.startswith("no estimate in 1 voxels whose B1") for line in said)
+    digest = files.read_json(run.maps / "summary.json")["provenance"]["known_sha256"]
+    assert digest["B0"] == files.file_digest(inputs / "b0.npy")
+    text = stages.report_run(run).read_text()
+    assert "The Fisher matrix has m0s, T1, T2f, Rx, T2s and complex M0 as unknowns." in text
+    assert "The network is told B0 and B1." in text
+    assert "Unknowns: m0s, T1, T2f, Rx, T2s and complex M0." in text
+    assert "Here all parameters are unknown." in text
+    assert "Where the prior matters" in text
+
+
+def test_no_signal_or_a_value_beyond_the_training_is_no_estimate(run: Run, inputs: Path) -> None:
+    B1 = np.full((6, 5, 1), 1.0)
+    B1[0] = 0.0  # as maps are where they were not measured
+    images = np.random.default_rng(0).normal(size=(6, 5, 1, RANK, 2)) @ [1, 1j]
+    images[1, 1] = 0
+    np.save(run.folder / "b1.npy", B1)
+    np.save(run.folder / "x.npy", images)
+    np.save(run.folder / "mask.npy", np.ones_like(B1))
+    run = told(run, inputs, "B1", B1="b1.npy")
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    section = stages.MapSection(
+        coefficients=run.folder / "x.npy",
+        mask=run.folder / "mask.npy",
+        known={"B1": run.folder / "b1.npy"},
+    )
+    said: list[str] = []
+    stages.map_run(run, section, run.maps, overwrite=True, say=said.append, progress=silent)
+    assert "30 voxels mapped, 6 failed" in said
+    failed = np.isnan(files.read_maps(run.maps, ["m0s"]).maps.values).any(axis=-1)
+    assert failed[0].all() and failed[1, 1] and failed.sum() == 6
+    assert any(line.startswith("no estimate in 5 voxels whose B1 is unknown or") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("names", "known", "message"),
+    [
+        (["B1"], {}, r"network's inputs, B1; missing are B1, superfluous are \(none\)"),
+        ([], {"B1": 1.0}, r"inputs, \(none\); missing are \(none\), superfluous are B1"),
+        (["B0", "B1"], {"B1": 1.0, "T1": 1.0}, "missing are B0, superfluous are T1"),
+        (["B1"], {"B1": 100.0}, r"B1 in the range of the training, 0\.\d+ to 1\.\d+; .*\.npy has "
+                                r"median 100 \[100, 100\]\. Is it in percent\?"),
+        (["B0"], {"B0": 4096.0}, r"range .*, -\d+\.?\d* to \d+\.?\d* rad/s; .* 2π times Hz\."),
+        (["T1"], {"T1": 1600.0}, r"has median 1600 \[1600, 1600\] s\. Is it in ms or µs\?"),
+        (["B1"], {"B1": np.nan}, "expected values of B1 inside the mask; .* has none there"),
+        (["B1"], {"B1": np.ones((2, 2, 2))}, r"axes \(X=7, Y=5, Z=2\); got the shape \(2, 2, 2"),
+    ],
+)  # fmt: skip
+def test_known_maps_that_do_not_fit_are_explained(
+    run: Run, inputs: Path, names: list[str], known: dict[str, Any], message: str
+) -> None:
+    own = told(run, inputs, *names, **dict.fromkeys(names, "b1.npy"))
+    stages.train_run(own, resume=False, force=True, say=silent, progress=silent)
+    paths = {name: run.folder / f"{name}.npy" for name in known}
+    for name, value in known.items():
+        np.save(paths[name], value if np.ndim(value) else np.full(SHAPE, value))
+    section = own.experiment.map.model_copy(update={"known": paths})
+    with pytest.raises(ValueError, match=message):
+        stages.map_run(own, section, run.maps, say=silent, progress=silent)
+    assert not run.maps.exists()
+
+
+def test_the_brain_tells_the_network_its_true_fields(
+    run: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "read_tissue_maps", synthetic_tissues)
+    content = merged(TINY, {"training": {"inputs": ["B1"]}, "brain": {"voxel_size": 50.0}})
+    own = Run(run.folder, read(inputs, content))
+    stages.train_run(own, resume=False, force=True, say=silent, progress=silent)
+    section = stages.make_brain(own, progress=silent)
+    assert list(section.known) == ["B1"]
+    mask = files.read_mask(
+        section.mask, files.read_coefficients(section.coefficients).data.shape[:3]
+    )
+    truth = files.read_map(section.known["B1"], mask.shape, name="B1")
+    np.testing.assert_array_equal(np.isfinite(truth), mask)
+    assert 0.7 < truth[mask].min() < truth[mask].max() < 1.3
+    stages.map_run(own, section, own.maps, say=silent, progress=silent)
+    assert files.read_json(own.maps / "summary.json")["failed_voxels"] == 0
+
+
+def without_information(run: Run) -> None:
+    """Make its data set one of an early version."""
+    path = run.dataset.resolve()
+    with h5py.File(path, "r+") as file:
+        for split in ("training", "validation", "test"):
+            del file[split]["information"]
+
+
+def test_an_early_data_set_serves_all_but_what_needs_the_information(
+    run: Run, inputs: Path, tmp_path: Path
+) -> None:
+    without_information(run)
+    stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    said: list[str] = []
+    stages.evaluate_run(run, say=said.append, progress=silent)
+    assert any("is of an early version, without the information" in line for line in said)
+    assert files.read_audit(run.audit)[0].prior is None
+    assert "Where the prior matters" not in stages.report_run(run).read_text()
+    with pytest.raises(ValueError, match=r"one of an early version, .* Simulate it again"):
+        stages.vary(run, tmp_path / "new", ['training.inputs=["B1"]'])
+    assert not (tmp_path / "new").exists()
+    stages.vary(run, tmp_path / "new", ["training.seed=1"])
+    with pytest.raises(ValueError, match=r"one of an early version, .* Simulate it again"):
+        stages.train_run(
+            told(run, inputs, "B1", B1="b1.npy"),
+            resume=False,
+            force=True,
+            say=silent,
+            progress=silent,
+        )
+    assert stages.load_network(run)[1]["inputs"] == []
+
+
+def test_too_few_fingerprints_for_the_prior_are_no_error(inputs: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, read(inputs, merged(TINY, {"simulation": {"test": 7}})))
+    stages.simulate_run(run, progress=silent)
+    stages.train_run(run, resume=False, say=silent, progress=silent)
+    said: list[str] = []
+    stages.evaluate_run(run, say=said.append, progress=silent)
+    assert "7 test fingerprints are too few for the prior's bounds" in said
+    assert files.read_audit(run.audit)[0].prior is None
+
+
+def test_a_data_set_serves_networks_that_are_told_something_else(
+    trained: Run, tmp_path: Path
+) -> None:
+    for number, names in enumerate((["B1"], ["B0", "B1"])):
+        listed = ", ".join(f'"{name}"' for name in names)
+        new = stages.vary(trained, tmp_path / str(number), [f"training.inputs=[{listed}]"])
+        stages.train_run(new, resume=False, say=silent, progress=silent)
+        network, card = stages.load_network(new)
+        assert card["inputs"] == names and network.n_extra == len(names)
+        assert card["dataset_sha256"] == files.file_digest(trained.dataset)
 
 
 # Maps.

@@ -17,6 +17,7 @@ import torch
 from fisherprint import files
 from fisherprint.evaluate import Audit, Score
 from fisherprint.files import UnreadableFileError, Volume, read_coefficients
+from fisherprint.fisher import PriorBounds
 from fisherprint.maps import Maps
 from fisherprint.parameters import Parameter
 from fisherprint.sequence import PulseTrain
@@ -323,6 +324,41 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, array, message):
     np.save(tmp_path / "mask.npy", array)
     with pytest.raises(ValueError, match=message):
         files.read_mask(tmp_path / "mask.npy", SHAPE[:3])
+
+
+# Maps of real numbers.
+
+
+def test_maps_come_from_every_format_with_nan(tmp_path):
+    values = images()[..., 0].real
+    values[0, 0, 0] = np.nan
+    paths = [
+        write_nifti(tmp_path / "a.nii.gz", values),
+        write_nifti(tmp_path / "b.nii", values[..., None]),
+        write_bart(tmp_path / "c.cfl", values + 0j, (4, 5, 3)),  # which knows no real numbers
+        write_hdf5(tmp_path / "d.h5", B1=values, other=2 * values),
+    ]
+    np.save(tmp_path / "e.npy", values)
+    for path in (*paths, tmp_path / "e.npy"):
+        read = files.read_map(path, SHAPE[:3], name="B1")
+        np.testing.assert_array_equal(read, values)
+        assert read.dtype == np.float64
+    with pytest.raises(UnreadableFileError, match=r"the key 'B0' in .* it has B1, other"):
+        files.read_map(tmp_path / "d.h5", SHAPE[:3], name="B0")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((5, 4, 3)), r"axes \(X=4, Y=5, Z=3\); got the shape \(5, 4, 3\)"),
+        (np.ones((4, 5, 3, 2)), "one to three spatial axes"),
+        (1 + 1e-3j * np.ones((4, 5, 3)), "a map of real numbers in .*; got complex ones"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "map.npy", array)
+    with pytest.raises(ValueError, match=message):
+        files.read_map(tmp_path / "map.npy", SHAPE[:3], name="B1")
 
 
 # Masks and coefficient images that were written.
@@ -706,7 +742,8 @@ def some_dataset():
         bounds = rng.random((2, size, 2))
         bounds[1, 0, 1] = np.inf  # a fingerprint without a bound
         coefficients = rng.normal(size=(size, 3)) + 1j * rng.normal(size=(size, 3))
-        return Reduced(rng.random((size, 2)), coefficients, bounds[0], bounds[1])
+        theta, information = rng.random((size, 2)), rng.random((size, 10))
+        return Reduced(theta, coefficients, bounds[0], bounds[1], information)
 
     samples = {split: reduced(size) for split, size in zip(SPLITS, (5, 4, 3), strict=True)}
     return DataSet(("m0s", "T2f"), complex_basis(), samples, 0.998)
@@ -724,7 +761,8 @@ def some_audit():
     crb[3, 1] = np.inf
     names = ("m0s", "T1", "T2f")
     snr = np.array([20.0, 50.0])
-    audit = Audit(names, snr, rng.random((4, 3)), crb, bias, variance, n_noise=300)
+    prior = PriorBounds(names, snr, rng.random(3), *rng.random((2, 2, 3)))
+    audit = Audit(names, snr, rng.random((4, 3)), crb, bias, variance, n_noise=300, prior=prior)
     return audit, Score(names, 1.25, 0.01, rng.random(3), rng.random(3), 7, 2, 1)
 
 
@@ -752,8 +790,28 @@ def test_an_audit_comes_back_bit_for_bit(tmp_path):
     audit, score = some_audit()
     files.write_audit(tmp_path / "evaluation.h5", audit, score)
     read, read_score = files.read_audit(tmp_path / "evaluation.h5")
-    assert_equal_fields(read, audit)
+    assert_equal_fields(read.prior, audit.prior)
+    assert_equal_fields(
+        dataclasses.replace(read, prior=None), dataclasses.replace(audit, prior=None)
+    )
     assert_equal_fields(read_score, score)
+
+
+def test_records_of_early_versions_lack_the_information_and_the_prior(tmp_path, short_train):
+    path = tmp_path / "dataset.h5"
+    write_some_dataset(path, short_train)
+    with h5py.File(path, "r+") as file:
+        for split in SPLITS:
+            del file[split]["information"]
+    read, _ = files.read_dataset(path)
+    assert not read.has_information
+    np.testing.assert_array_equal(read.crb("test"), some_dataset().crb("test"))
+    # Read and written again, it stays what it was.
+    files.write_dataset(path, read, short_train, seed=7, versions={})
+    assert not files.read_dataset(path)[0].has_information
+    audit, score = some_audit()
+    files.write_audit(path, dataclasses.replace(audit, prior=None), score)
+    assert files.read_audit(path)[0].prior is None
 
 
 def other_format(path):

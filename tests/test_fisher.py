@@ -555,3 +555,79 @@ def test_a_covariance_that_is_none(covariance, message):
     F = fisher.information(*random_problem(P=2), noise_std=1.0)
     with pytest.raises(ValueError, match=message):
         fisher.van_trees(F, covariance)
+
+
+# What is known, and what is stored.
+
+
+def test_packing_loses_nothing():
+    signal, jacobian = random_problem(P=5)
+    F = fisher.information(signal, jacobian, noise_std=0.3)
+    triangle = fisher.packed(F)
+    assert triangle.shape == (5, 28)  # 7 · 8/2
+    np.testing.assert_array_equal(fisher.unpacked(triangle), np.tril(F) + np.tril(F, -1).mT)
+    np.testing.assert_array_equal(fisher.packed(fisher.unpacked(triangle)), triangle)
+    # The decomposition reads the lower triangle alone: the bounds are the same bit for bit.
+    np.testing.assert_array_equal(fisher.bounds(fisher.unpacked(triangle)), fisher.bounds(F))
+
+
+def test_what_is_known_leaves_the_information_as_if_it_had_no_column():
+    signal, jacobian = random_problem(P=4)
+    F = fisher.information(signal, jacobian, noise_std=1.0)
+    left = fisher.information(signal, jacobian[..., [0, 3]], noise_std=1.0)
+    # Sums of the same products, perhaps in another order.
+    np.testing.assert_allclose(fisher.given(F, [2, 1]), left, rtol=1e-12)
+    np.testing.assert_array_equal(fisher.given(F, []), F)
+
+
+def test_the_prior_of_what_is_left_is_the_one_given_what_is_known():
+    """Without data, the variance of one normal variable given another: C_aa - C_ab²/C_bb."""
+    F = 1e-20 * np.eye(4)
+    (bound,) = fisher.van_trees(F, COVARIANCE, known=[1])
+    assert bound == pytest.approx(4.0 - 0.3**2 / 0.25, rel=1e-9)
+    # With data: what is known does not matter where it is exact, that is, measured for ever.
+    F = np.diag([0.7, 1e15, 1.0, 1.0])
+    (bound,) = fisher.van_trees(F, COVARIANCE, known=[1])
+    assert bound == pytest.approx(fisher.van_trees(F, COVARIANCE)[0], rel=1e-9)
+    assert bound == pytest.approx(1 / (0.7 + 1 / 3.64), rel=1e-9)
+
+
+def test_both_forms_over_draws_of_a_prior():
+    θ = np.random.default_rng(7).normal(size=(500, 3)) * [1.0, 10.0, 0.1]
+    C = np.cov(θ.T)
+    # Information that differs from draw to draw, of uncoupled parameters.
+    F = np.zeros((500, 5, 5))
+    F[:, range(5), range(5)] = np.exp(θ[:, :1]) * [1.0, 0.01, 100.0, 1.0, 1.0]
+    found = fisher.prior_bounds(F, θ, ("a", "b", "c"), snr=[1.0, 5.0], known=["b"])
+    assert found.names == ("a", "c")
+    np.testing.assert_allclose(found.spread, θ[:, [0, 2]].std(axis=0), rtol=1e-12)
+    prior = np.linalg.inv(C)[np.ix_([0, 2], [0, 2])]
+    for level, overall, local in zip([1, 5], found.overall, found.local, strict=True):
+        data = level**2 * F[:, [0, 2]][:, :, [0, 2]]
+        # A condition of some hundred.
+        expected = np.diag(np.linalg.inv(data.mean(axis=0) + prior))
+        np.testing.assert_allclose(overall, expected, rtol=1e-10)
+        each = np.diagonal(np.linalg.inv(data + prior), axis1=1, axis2=2)
+        np.testing.assert_allclose(local, each.mean(axis=0), rtol=1e-10)
+    assert (found.overall < found.local).all()
+    one = found.select(["c"])
+    np.testing.assert_array_equal(one.overall, found.overall[:, 1:])
+    np.testing.assert_array_equal(one.spread, found.spread[1:])
+    with pytest.raises(KeyError, match="unknown parameter 'b'; known are a, c"):
+        found.select(["b"])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"snr": [0.0]}, ValueError, "SNRmax must be a positive"),
+        ({"known": ["x"]}, KeyError, "unknown parameter 'x'; known are a, b"),
+        ({"known": ["a", "b"]}, ValueError, "at least one unknown parameter; got all of a, b"),
+        ({"theta": np.ones((2, 2))}, ValueError, "more draws .* than its 2 parameters; got 2"),
+    ],
+)
+def test_bounds_of_a_prior_refuse(change, error, message):
+    theta = change.pop("theta", np.random.default_rng(0).normal(size=(9, 2)))
+    F = np.tile(np.eye(4), (len(theta), 1, 1))
+    with pytest.raises(error, match=message):
+        fisher.prior_bounds(F, theta, ("a", "b"), **{"snr": [1.0], **change})

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import re
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -11,6 +13,7 @@ from matplotlib.colors import to_hex
 
 from fisherprint import report
 from fisherprint.evaluate import Audit, Score
+from fisherprint.fisher import PriorBounds
 from fisherprint.maps import Maps
 from fisherprint.parameters import Parameter
 from fisherprint.report import figures, images
@@ -418,3 +421,50 @@ def test_uncertain_without_an_error_is_the_number():
 )
 def test_symbols_become_html_or_the_name(symbol, html):
     assert _html_symbol(Parameter("a<b", symbol, "", (0, 1))) == html
+
+
+# The prior.
+
+
+def with_prior(audit: Audit) -> Audit:
+    spread = np.array([0.08, 0.03])
+    local = spread**2 / np.array([[9.0, 4.0], [3.0, 2.0]])
+    return dataclasses.replace(
+        audit, prior=PriorBounds(audit.names, audit.snr, spread, local / 2, local)
+    )
+
+
+def test_errors_and_bounds_are_drawn_by_snr_in_displayed_units(audit):
+    audit = with_prior(audit)
+    share, time = report.errors_and_bounds(audit, PARAMETERS).axes
+    drawn = lines(time)
+    van_trees = np.array([[10, 30 / 2], [50, 30 / np.sqrt(8)]])
+    np.testing.assert_allclose(drawn["van Trees, global"], van_trees)
+    np.testing.assert_allclose(drawn["van Trees, local"][:, 1], van_trees[:, 1] * 2**0.5)
+    np.testing.assert_allclose(drawn["spread of the prior"][:, 1], 30)
+    # Squares are 0.89 of the bound; the median of 400 bounds has one infinite among them.
+    finite = 1e3 * np.sqrt(0.89 * (audit.variance[:, :, 1] / 0.8).mean(axis=1))[::-1]
+    np.testing.assert_allclose(drawn["error"], np.c_[[10, 50], finite])
+    crb = 1e3 * np.sqrt(np.median(audit.crb[:, 1])) / np.array([10, 50])
+    np.testing.assert_allclose(drawn[r"$\sqrt{\mathrm{CRB}}$, median"][:, 1], crb)
+    assert share.get_title() == "$m_0^s$" and time.get_title() == "$T_2^f$ (ms)"
+    assert (time.get_xscale(), time.get_yscale()) == ("log", "log")
+
+
+def test_the_table_of_the_prior_has_errors_bounds_and_their_ratio(audit):
+    with pytest.raises(ValueError, match="got one without"):
+        report.prior_table(audit, PARAMETERS)
+    audit = with_prior(audit)
+    text = report.prior_table(audit, PARAMETERS)
+    rows = [re.findall("<td>(.*?)</td>", row) for row in text.split("<tr>")[3:]]
+    assert [len(row) for row in rows] == [10, 10]
+    ratio, error = audit.over_prior_bound()
+    for row, q in zip(rows, (1, 0), strict=True):  # 10, then 50
+        error_of_T2f, crb, local, overall, over = row[5:]
+        # At least three digits are shown.
+        assert float(error_of_T2f) == pytest.approx(1e3 * audit.root_mean_square[q, 1], rel=5e-3)
+        assert float(crb) == pytest.approx(1e3 * audit.median_root_crb()[q, 1], rel=5e-3)
+        assert float(local) == pytest.approx(30 / np.sqrt((4, 2)[q]), rel=5e-3)
+        assert float(overall) == pytest.approx(30 / np.sqrt((8, 4)[q]), rel=5e-3)
+        assert over == _uncertain(float(ratio[q, 1]), float(error[q, 1]))
+    assert "Spread of the prior: m0s 0.0800, T2f 30.0 ms." in text

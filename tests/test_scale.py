@@ -27,7 +27,7 @@ from fisherprint.simulate import SHARD, SPLITS, Simulation, dataset
 
 # Three shards to train with, one of them not full, and one of each other split.
 SIZES = {"training": 2 * SHARD + 100, "validation": 70, "test": 64}
-ARRAYS = ("theta", "coefficients", "crb_signal", "crb_coefficients")
+ARRAYS = ("theta", "coefficients", "crb_signal", "crb_coefficients", "information")
 
 pytestmark = [
     # What Dask leaves to the garbage collector while a cluster closes.
@@ -343,7 +343,7 @@ def test_a_full_disk_loses_nothing(
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(OSError, match=r"expected 4 MB of room for .*dataset.h5; .* 0 MB left"):
+        with pytest.raises(OSError, match=r"expected 9 MB of room for .*dataset.h5; .* 0 MB left"):
             experiment.simulate_run(run, progress=lambda *call: None)
     assert len(shards_in(run.folder)) == 14
     done = []

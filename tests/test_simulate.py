@@ -1,3 +1,4 @@
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -171,7 +172,7 @@ def test_same_seed_same_numbers_and_another_seed_others():
     )
     np.testing.assert_array_equal(first.basis.vectors, again.basis.vectors)
     for split in SPLITS:
-        for field in ("theta", "coefficients", "crb_signal", "crb_coefficients"):
+        for field in (field.name for field in dataclasses.fields(simulate.Reduced)):
             np.testing.assert_array_equal(
                 getattr(first.samples[split], field), getattr(again.samples[split], field)
             )
@@ -357,3 +358,111 @@ def test_the_basis_must_belong_to_the_train():
 def test_impossible_ranks(rank):
     with pytest.raises(ValueError, match=f"rank must lie between 1 and 32, .* got {rank}"):
         dataset(Decay(), DECAY_PRIOR, SIZES, basis=rank, seed=0)
+
+
+# The information, and what is known.
+
+
+class Leaning:
+    """s = (10⁶, a x + b y, y): the first sample tells M0, and y hides x by as much as b says.
+
+    The bound of x is (1 + b²)/a² with y unknown and 1/a² with y known, that of y is 1; but for
+    what M0 takes, (a x + b y)²/10¹² of it: 2.5e-11 at most. Without the last sample x and y
+    cannot be told apart.
+    """
+
+    a, b = 2.0, 3.0
+
+    def __init__(self, *, n_samples=3):
+        self.parameters = tuple(Parameter(name, name, "", (-1, 1)) for name in "xy")
+        self.names, self.n_samples = ("x", "y"), n_samples
+
+    def index(self, name):
+        return _checks.index(name, self.names)
+
+    def signal(self, theta):
+        x, y = theta.T
+        every = np.stack([np.full(len(x), 1e6), self.a * x + self.b * y, y], axis=-1)
+        return every[:, : self.n_samples].astype(complex)
+
+    def simulate(self, theta):
+        jacobian = np.array([[0, 0], [self.a, self.b], [0, 1]])[: self.n_samples]
+        repeated = np.tile(jacobian.astype(complex), (len(theta), 1, 1))
+        return Fingerprints(theta, self.signal(theta), repeated)
+
+
+LEANING_PRIOR = Prior({"x": Uniform(0, 1), "y": Uniform(0, 1)})
+
+
+def test_a_known_parameter_lowers_the_bound_as_in_closed_form():
+    basis = fp.Basis(np.eye(3))
+    data = dataset(Leaning(), LEANING_PRIOR, SIZES, basis=basis, seed=0)
+    for split, size in SIZES.items():
+        np.testing.assert_allclose(data.crb(split), [[2.5, 1.0]] * size, rtol=1e-10)
+        told = data.crb(split, known=["y"])
+        np.testing.assert_allclose(told, [[0.25, np.inf]] * size, rtol=1e-10)
+
+
+def test_bounds_from_the_stored_information_are_those_of_a_smaller_model(model, result):
+    for split, samples in result.samples.items():
+        F = result.information(split)
+        assert F.shape == (SIZES[split], 9, 9)
+        # Those with everything unknown are what is stored beside it, bit for bit.
+        np.testing.assert_array_equal(fisher.bounds(F)[:, :7], samples.crb_coefficients)
+        assert result.crb(split) is samples.crb_coefficients
+        for known in (["B1"], ["B1", "B0"]):
+            told = result.crb(split, known=known)
+            by_hand = fp.bounds.of(model, samples.theta, known=known, basis=result.basis)
+            unknown = [model.index(name) for name in by_hand.names]
+            # As in `test_both_bounds_are_those_of_the_whole_at_once`.
+            np.testing.assert_allclose(told[:, unknown], by_hand.root**2, rtol=1e-3)
+            assert np.median(np.abs(told[:, unknown] / by_hand.root**2 - 1)) < 1e-6
+            # Fewer unknowns never raise a bound, up to rounding.
+            assert (told[:, unknown] <= samples.crb_coefficients[:, unknown] * (1 + 1e-6)).all()
+            assert np.isinf(told[:, [model.index(name) for name in known]]).all()
+    with pytest.raises(KeyError, match="unknown parameter 'B2'"):
+        result.crb("test", known=["B2"])
+
+
+def test_a_data_set_of_an_early_version_has_bounds_with_everything_unknown(result):
+    samples = {
+        split: dataclasses.replace(reduced, information=None)
+        for split, reduced in result.samples.items()
+    }
+    early = dataclasses.replace(result, samples=samples)
+    assert result.has_information and not early.has_information
+    np.testing.assert_array_equal(early.crb("test"), result.crb("test"))
+    with pytest.raises(ValueError, match=r"early version.*Simulate it again: fisherprint sim"):
+        early.crb("test", known=["B1"])
+
+
+def test_what_is_told_apart_only_where_one_is_known():
+    simulation = simulate.Simulation(Leaning(n_samples=2), LEANING_PRIOR, SIZES, 0)
+    basis, shards = fp.Basis(np.eye(2)), simulation.shards("test")
+    with ThreadPoolExecutor(1) as executor:
+        (part,) = simulate.reduce(simulation, basis, shards, executor)
+    # Known to begin with, as when an experiment's network is told y.
+    found = [simulate.finite(part.reduced, [1])]
+    simulate.require_determined(simulation, basis, "test", found, known=["y"])
+    with pytest.raises(fisher.SingularInformationError, match="x and y cannot be told apart"):
+        simulate.require_determined(simulation, basis, "test", [simulate.finite(part.reduced)])
+    # Known or not when it is used.
+    data = simulate.DataSet(("x", "y"), basis, {"test": part.reduced}, 1.0)
+    np.testing.assert_allclose(data.crb("test", known=["y"])[:, 0], 0.25, rtol=1e-10)
+    with pytest.raises(fisher.SingularInformationError, match="x and y cannot be told apart"):
+        data.crb("test")
+
+
+def test_what_is_not_determined_although_something_is_known_is_named():
+    model = Decay(("R", "ω", "idle"))
+    prior = Prior({"R": Uniform(1, 20), "ω": Uniform(-50, 50), "idle": Uniform(0, 1)})
+    simulation = simulate.Simulation(model, prior, SIZES, 0)
+    basis, shards = fp.Basis(np.eye(32, 4)), simulation.shards("test")
+    with ThreadPoolExecutor(1) as executor:
+        (part,) = simulate.reduce(simulation, basis, shards, executor)
+    found = simulate.finite(part.reduced, [1])
+    np.testing.assert_array_equal(found, [[True, True, False]])
+    with pytest.raises(fisher.SingularInformationError, match="idle has no effect") as caught:
+        simulate.require_determined(simulation, basis, "test", [found], known=["ω"])
+    assert caught.value.names == ("idle",)
+    assert caught.value.information.shape[1:] == (4, 4)

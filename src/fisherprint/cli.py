@@ -205,7 +205,12 @@ def evaluate(run: _Run, force: _Force = False) -> None:
         stages.evaluate_run(opened, say=display.say, progress=display.progress)
 
 
-@app.command(name="map")
+# Options enough for a screen: two lines of help are one paragraph.
+@app.command(
+    name="map",
+    help="Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a run's network.\n"
+    "Example: fisherprint map coeffs.mat --key x --run runs/invivo -o maps",
+)
 def map_(
     coefficients: Annotated[Path, typer.Argument(metavar="COEFFICIENTS")],
     run: Annotated[Path, typer.Option(metavar="RUN", help="Run folder with the network.")],
@@ -226,6 +231,10 @@ def map_(
     precision: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; else the faster here.")
     ] = None,
+    known: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Known map; B0 in rad/s, B1 relative."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Map images of another basis all the same.")
     ] = False,
@@ -233,10 +242,7 @@ def map_(
         bool, typer.Option("--overwrite", help="Replace maps that are there.")
     ] = False,
 ) -> None:
-    """Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a run's network.
-
-    Example: fisherprint map coeffs.mat --key x --run runs/invivo -o maps
-    """
+    """Map coefficient images with a run's network."""
     from fisherprint import experiment as stages
 
     if (basis is None) != (basis_key is None):
@@ -250,6 +256,7 @@ def map_(
         basis_key=basis_key,
         noise_std=noise_std,
         precision=precision,
+        known=_known_maps(known or []),
     )
     with _display() as display:
         stages.map_run(
@@ -622,6 +629,18 @@ def _print_bounds(table: BoundTable) -> None:
     console.print(drawn)
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
+
+
+def _known_maps(given: Sequence[str]) -> dict[str, Path]:
+    known: dict[str, Path] = {}
+    for word in given:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path) or name in known:
+            raise typer.BadParameter(
+                f"expected --known NAME=FILE, each name once; got {word!r}. Such as: B1=b1.nii.gz"
+            )
+        known[name] = Path(path)
+    return known
 
 
 def _run_all(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from fisherprint import _checks
+from fisherprint.fisher import PriorBounds
 from fisherprint.parameters import Parameter
 
 Floats = NDArray[np.float64]
@@ -81,6 +82,8 @@ class Audit:
         bias: shape (Q, S, E), units of θ.
         variance: shape (Q, S, E), units of θ squared.
         n_noise: N, realizations per fingerprint and SNRmax.
+        prior: what can be told with the prior, of the same parameters and SNRmax
+            (`fisher.prior_bounds`); None where nobody asked.
     """
 
     names: tuple[str, ...]
@@ -90,6 +93,7 @@ class Audit:
     bias: Floats
     variance: Floats
     n_noise: int
+    prior: PriorBounds | None = None
 
     @property
     def shares(self) -> Shares:
@@ -159,6 +163,48 @@ class Audit:
         """As `mean_shares_by_parameter`, over what is `determined` alone; NaN where nothing is."""
         inside = self.determined
         return Shares(*(_mean(np.where(inside, s, np.nan), axis=(1,)) for s in self.shares))
+
+    @property
+    def root_mean_square(self) -> Floats:
+        """Root of the mean squared error over fingerprints and noise, shape (Q, E), units of θ.
+
+        Fingerprints without a bound are among them.
+        """
+        return np.sqrt(_mean(self.bias**2 + self.variance, axis=(1,)))
+
+    def median_root_crb(self) -> Floats:
+        """Median of √CRB over the fingerprints, infinite ones among them, shape (Q, E)."""
+        return np.asarray(np.sqrt(np.median(self.crb, axis=0)) / self.snr[:, None])
+
+    def require_prior(self) -> PriorBounds:
+        """The bounds with the prior.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self.prior is None:
+            raise ValueError(
+                "expected an audit with the bounds of the prior; got one without. Evaluate again, "
+                "on a data set with Fisher information."
+            )
+        return self.prior
+
+    def over_prior_bound(self) -> tuple[Floats, Floats]:
+        """Root mean squared error over the root of van Trees' global bound, each (Q, E).
+
+        The first is at least 1 for any estimator, biased or not, up to the second, its standard
+        error from the scatter over fingerprints, and to a few per cent where the prior is not
+        normal (docs/decisions/021-van-trees-bound.md).
+
+        Raises:
+            ValueError: the audit has no bounds with the prior.
+        """
+        prior = self.require_prior()
+        squares = self.bias**2 + self.variance
+        mean, n = _mean(squares, axis=(1,)), (~np.isnan(squares)).sum(axis=1)
+        scatter = np.sqrt(_mean((squares - mean[:, None]) ** 2, axis=(1,)) / np.maximum(n - 1, 1))
+        ratio = np.sqrt(mean / prior.overall)
+        return ratio, ratio * scatter / (2 * mean)
 
     def mean_squares(self) -> Shares:
         """Shares of the plain mean squared error, each (Q,): the same without the bound (§2.7).

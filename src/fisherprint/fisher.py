@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,31 @@ def information(
     return (parts @ parts.mT) / noise_std**2
 
 
+def packed(information: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The lower triangle of F, row by row: (..., Q, Q) -> (..., Q (Q + 1)/2), for files."""
+    return information[..., *np.tril_indices(information.shape[-1])]
+
+
+def unpacked(triangle: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The symmetric F whose `packed` form is given: (..., Q (Q + 1)/2) -> (..., Q, Q)."""
+    size = (int(np.sqrt(1 + 8 * triangle.shape[-1])) - 1) // 2
+    rows, columns = np.tril_indices(size)
+    information = np.empty((*triangle.shape[:-1], size, size))
+    information[..., rows, columns] = information[..., columns, rows] = triangle
+    return information
+
+
+def given(information: NDArray[np.float64], known: Sequence[int]) -> NDArray[np.float64]:
+    """F of what is left unknown: without the rows and columns of known parameters (§2.1).
+
+    Args:
+        information: F, shape (..., Q, Q).
+        known: columns of the parameters that are known.
+    """
+    left = np.delete(np.arange(information.shape[-1]), list(known))
+    return information[..., left[:, None], left]
+
+
 def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
     r"""Diagonal of F⁻¹ for each sample; infinite where a parameter cannot be told from others.
 
@@ -160,7 +186,10 @@ def efficient_directions(
 
 
 def van_trees(
-    information: NDArray[np.float64], covariance: NDArray[np.float64]
+    information: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    *,
+    known: Sequence[int] = (),
 ) -> NDArray[np.float64]:
     r"""Van Trees' (Bayesian Cramér-Rao) bound: what prior and data together can tell.
 
@@ -179,9 +208,12 @@ def van_trees(
             (P + 2, P + 2) of their mean.
         covariance: C of the prior, shape (P, P), in the parameters' units; of draws θ (S, P)
             that is `numpy.cov(theta.T)`.
+        known: columns of N parameters that the estimator is told. They leave F + C⁻¹, so that the
+            prior of the others is the one given them, should they depend on each other.
 
     Returns:
-        Shape (S, P), or (P,) of the mean; never above the bound without a prior, nor above C_pp.
+        Shape (S, P - N), or (P - N,) of the mean; never above the bound without a prior, nor
+        above C_pp.
 
     Raises:
         ValueError: values that are not finite, shapes that disagree, or a covariance that is not
@@ -209,7 +241,87 @@ def van_trees(
         )
     prior = np.zeros((unknowns, unknowns))
     prior[:n_parameters, :n_parameters] = (vectors / values) @ vectors.T / units
-    return bounds(information + prior)[..., :n_parameters]
+    return bounds(given(information + prior, known))[..., : n_parameters - len(known)]
+
+
+@dataclass(frozen=True, eq=False)
+class PriorBounds:
+    """What prior and data tell together, for |M0| = 1 at Q signal-to-noise ratios (van Trees).
+
+    The reference where the prior matters, for estimators that know it and are biased.
+
+    Attributes:
+        names: the E parameters.
+        snr: SNRmax = |M0|/σ, shape (Q,).
+        spread: standard deviation of the prior, shape (E,), SI units: the error of who guesses
+            its mean.
+        overall: the global bound, of the mean squared error averaged over the prior, shape
+            (Q, E), those units squared. Far below what can be reached where few fingerprints
+            hold most of the information.
+        local: mean of the local form over the prior, shape (Q, E); no bound, but nearer to what
+            can be reached. Never below `overall`.
+    """
+
+    names: tuple[str, ...]
+    snr: NDArray[np.float64]
+    spread: NDArray[np.float64]
+    overall: NDArray[np.float64]
+    local: NDArray[np.float64]
+
+    def select(self, names: Sequence[str]) -> PriorBounds:
+        """The same of these parameters alone, in this order; KeyError if unknown."""
+        columns = [_checks.index(name, self.names) for name in names]
+        arrays = (values[..., columns] for values in (self.spread, self.overall, self.local))
+        return PriorBounds(tuple(names), self.snr, *arrays)
+
+
+def prior_bounds(
+    information: NDArray[np.float64],
+    theta: NDArray[np.float64],
+    names: Sequence[str],
+    *,
+    snr: Sequence[float],
+    known: Sequence[str] = (),
+) -> PriorBounds:
+    """Van Trees' bound in both forms, of a prior of which there are draws.
+
+    Args:
+        information: F of each draw for σ = |M0| = 1, shape (S, P + 2, P + 2).
+        theta: the draws, shape (S, P), SI units.
+        names: of the P parameters.
+        snr: Q values of SNRmax = |M0|/σ.
+        known: parameters that the estimator is told.
+
+    Returns:
+        The bounds of the E parameters that are left.
+
+    Raises:
+        KeyError: a known parameter that has no column.
+        ValueError: an SNRmax that is not positive, no unknown parameter, or as for `van_trees`:
+            such as fewer draws than parameters.
+    """
+    levels = np.array([_checks.positive("SNRmax", value) for value in snr])
+    columns = [_checks.index(name, names) for name in known]
+    if len(set(columns)) == len(names):
+        raise ValueError(
+            f"expected at least one unknown parameter; got all of {_checks.listing(names)} as "
+            "known. Leave one out."
+        )
+    if len(theta) <= len(names):
+        raise ValueError(
+            f"expected more draws of the prior than its {len(names)} parameters; got "
+            f"{len(theta)}, which have no covariance to invert. Draw more."
+        )
+    covariance = np.cov(theta.T)
+    mean = information.mean(axis=0)
+    overall, local = [], []
+    for level in levels:
+        overall.append(van_trees(level**2 * mean, covariance, known=columns))
+        each = van_trees(level**2 * information, covariance, known=columns)
+        local.append(each.mean(axis=0))
+    left = [name for name in names if name not in known]
+    spread = np.delete(theta.std(axis=0), columns)
+    return PriorBounds(tuple(left), levels, spread, np.stack(overall), np.stack(local))
 
 
 def confounded(information: NDArray[np.float64], names: Sequence[str]) -> tuple[Group, ...]:

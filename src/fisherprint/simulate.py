@@ -1,4 +1,4 @@
-"""A model and a prior give a data set: coefficients and both bounds, shard by shard (§2.4).
+"""A model and a prior give a data set: coefficients and their bounds, shard by shard (§2.4).
 
 A shard is a fixed number of fingerprints with a seed of its own, simulated by one worker with one
 thread. So the data set depends neither on the number of workers nor on their order, bit for bit,
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import numpy as np
@@ -57,12 +57,16 @@ class Reduced:
         coefficients: shape (S, K), complex128.
         crb_signal: bound of the whole signal, shape (S, P).
         crb_coefficients: bound of the coefficients, shape (S, P); never below `crb_signal`.
+        information: Fisher information of the coefficients, `fisher.packed`, shape
+            (S, (P + 2)(P + 3)/2): the bounds with some parameters known, and those with a prior,
+            follow from it. None in data sets of early versions.
     """
 
     theta: NDArray[np.float64]
     coefficients: NDArray[np.complex128]
     crb_signal: NDArray[np.float64]
     crb_coefficients: NDArray[np.float64]
+    information: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,60 @@ class DataSet:
     samples: dict[str, Reduced]
     energy: float
     crb_weight: float | None = None
+
+    @property
+    def has_information(self) -> bool:
+        """Whether the samples have their Fisher information; those of early versions have not."""
+        return all(reduced.information is not None for reduced in self.samples.values())
+
+    def information(self, split: str) -> NDArray[np.float64]:
+        """Fisher information of a split's coefficients for σ = |M0| = 1, (S, P + 2, P + 2).
+
+        Raises:
+            ValueError: a data set of an early version, without it.
+        """
+        triangle = self.samples[split].information
+        if triangle is None:
+            raise ValueError(
+                "expected a data set with the Fisher information of its coefficients, from which "
+                "bounds with known parameters follow; got one of an early version, without it. "
+                "Simulate it again: fisherprint simulate EXPERIMENT.toml -o RUN --force"
+            )
+        return fisher.unpacked(triangle)
+
+    def crb(self, split: str, *, known: Sequence[str] = ()) -> NDArray[np.float64]:
+        """Bound of a split's coefficients where some parameters are known, shape (S, P).
+
+        Args:
+            split: of `SPLITS`.
+            known: parameters that leave the Fisher matrix. Nobody estimates them: their columns
+                are infinite.
+
+        Raises:
+            KeyError: a known parameter that the data set lacks.
+            ValueError: as for `information`, where something is known.
+            SingularInformationError: another parameter that no sample of the split determines.
+        """
+        columns = [_checks.index(name, self.names) for name in known]
+        crb = self.samples[split].crb_coefficients
+        if known:
+            crb = _crb(self.information(split), columns)
+        unknown = [column for column in range(len(self.names)) if column not in columns]
+        if np.isinf(crb[:, unknown]).all(axis=0).any():
+            # It was determined when it was simulated, since more was known then.
+            few = fisher.given(self.information(split)[:_BATCH_MULTIPLE], columns)
+            names = [self.names[column] for column in unknown]
+            fisher.require_determined(crb[:, unknown], few, names)
+        return crb
+
+
+def _crb(information: NDArray[np.float64], known: Sequence[int]) -> NDArray[np.float64]:
+    """The bounds of P parameters, infinite for those that are known."""
+    n_parameters = information.shape[-1] - len(fisher.SCALE)
+    crb = np.full((len(information), n_parameters), np.inf)
+    unknown = np.delete(np.arange(n_parameters), list(known))
+    crb[:, unknown] = fisher.bounds(fisher.given(information, known))[:, : unknown.size]
+    return crb
 
 
 @dataclass(frozen=True)
@@ -228,8 +286,8 @@ def dataset(
         require_determined(simulation, basis, split, map(finite, parts))
         samples[split] = Reduced(
             *(
-                np.concatenate([getattr(part, name) for part in parts])
-                for name in ("theta", "coefficients", "crb_signal", "crb_coefficients")
+                np.concatenate([getattr(part, field.name) for part in parts])
+                for field in fields(Reduced)
             )
         )
     training = [finished[shard] for shard in simulation.shards("training")]
@@ -327,23 +385,36 @@ def total_energy(values: NDArray[np.complex128]) -> float:
     return float(np.square(np.ascontiguousarray(values).view(np.float64)).sum())
 
 
-def finite(reduced: Reduced) -> NDArray[np.bool_]:
-    """Parameters with a finite bound in some sample, of the signal and of the coefficients."""
-    return np.array(
-        [np.isfinite(crb).any(axis=0) for crb in (reduced.crb_signal, reduced.crb_coefficients)]
-    )
+def finite(reduced: Reduced, known: Sequence[int] = ()) -> NDArray[np.bool_]:
+    """Parameters with a finite bound in some sample, of the signal and of the coefficients.
+
+    With known parameters, by their columns: of the coefficients alone, since a signal determines
+    all that its coefficients do. The known ones count as finite.
+    """
+    bounds = [reduced.crb_signal, reduced.crb_coefficients]
+    if known and reduced.information is not None:
+        bounds = [_crb(fisher.unpacked(reduced.information), known)]
+    found = np.array([np.isfinite(crb).any(axis=0) for crb in bounds])
+    found[:, list(known)] = True
+    return found
 
 
 def require_determined(
-    simulation: Simulation, basis: Basis, split: str, found: Iterable[NDArray[np.bool_]]
+    simulation: Simulation,
+    basis: Basis,
+    split: str,
+    found: Iterable[NDArray[np.bool_]],
+    *,
+    known: Sequence[str] = (),
 ) -> None:
-    """Require that some sample of a split determines each parameter.
+    """Require that some sample of a split determines each parameter that is not known.
 
     Args:
         simulation: of the split.
         basis: of its coefficients.
         split: which one.
-        found: the result of `finite` for each of its shards.
+        found: the result of `finite` for each of its shards, with the same known ones.
+        known: parameters that are no unknowns.
 
     Raises:
         SingularInformationError: a parameter whose bound is infinite in every sample; it carries
@@ -351,15 +422,17 @@ def require_determined(
     """
     if np.logical_or.reduce(list(found)).all():
         return
-    theta = simulation.theta(simulation.shards(split)[-1])[-_BATCH_MULTIPLE:]
-    out = simulation.model.simulate(theta)
-    for signal, jacobian in (
-        (out.signal, out.jacobian),
-        (basis.compress(out.signal), basis.compress(out.jacobian)),
+    model = simulation.model
+    out = model.simulate(simulation.theta(simulation.shards(split)[-1])[-_BATCH_MULTIPLE:])
+    unknown = [name for name in model.names if name not in known]
+    jacobian = out.jacobian[..., [model.index(name) for name in unknown]]
+    for observed, derivative in (
+        (out.signal, jacobian),
+        (basis.compress(out.signal), basis.compress(jacobian)),
     ):
-        matrices = fisher.information(signal, jacobian, noise_std=1.0)
-        bounds = fisher.bounds(matrices)[:, : theta.shape[1]]
-        fisher.require_determined(bounds, matrices, simulation.model.names)
+        matrices = fisher.information(observed, derivative, noise_std=1.0)
+        bounds = fisher.bounds(matrices)[:, : len(unknown)]
+        fisher.require_determined(bounds, matrices, unknown)
 
 
 def _signals(simulation: Simulation, item: tuple[Shard, slice]) -> NDArray[np.complex128]:
@@ -381,11 +454,12 @@ def _fingerprints(simulation: Simulation, item: tuple[Shard, slice]) -> Fingerpr
 
 
 def _reduced(simulation: Simulation, basis: Basis, shard: Shard) -> tuple[Reduced, float]:
-    """Coefficients and both bounds of a shard, and its signals' energy."""
+    """Coefficients, their information and both bounds of a shard, and its signals' energy."""
     model, theta = simulation.model, simulation.theta(shard)
     size, n_parameters = theta.shape
     coefficients = np.empty((size, basis.rank), dtype=np.complex128)
     crb_signal, crb_coefficients = np.empty(theta.shape), np.empty(theta.shape)
+    information = np.empty((size, _triangle(n_parameters)))
     energy = 0.0
     with _threads.one_thread():
         for part in _batches(model, size):
@@ -399,7 +473,14 @@ def _reduced(simulation: Simulation, basis: Basis, shard: Shard) -> tuple[Reduce
             )
             crb_signal[part] = fisher.bounds(whole)[:, :n_parameters]
             crb_coefficients[part] = fisher.bounds(compressed)[:, :n_parameters]
-    return Reduced(theta, coefficients, crb_signal, crb_coefficients), energy
+            information[part] = fisher.packed(compressed)
+    return Reduced(theta, coefficients, crb_signal, crb_coefficients, information), energy
+
+
+def _triangle(n_parameters: int) -> int:
+    """Entries of a packed Fisher information, with the two of M0."""
+    size = n_parameters + len(fisher.SCALE)
+    return size * (size + 1) // 2
 
 
 def _batches(model: SignalModel, size: int) -> Iterator[slice]:
@@ -504,7 +585,8 @@ def forecast(
         pass
     total = sum(sizes.values())
     seconds += (time.perf_counter() - began) * total / many.sizes["training"]
-    each = 8 * (3 * len(model.parameters) + 2 * basis.rank)
+    n_parameters = len(model.parameters)
+    each = 8 * (3 * n_parameters + 2 * basis.rank + _triangle(n_parameters))
     n_shards = sum(len(simulation.shards(split)) for split in SPLITS)
     return Forecast(
         shards=n_shards,

@@ -2,7 +2,7 @@
 
 RUN/experiment.toml    what was asked for, complete
 RUN/shards/            parts of the data set, until it is complete
-RUN/dataset.h5         parameters, coefficients, both bounds, basis, train, seed, versions
+RUN/dataset.h5         parameters, coefficients, their information and bounds, basis, train, seed
 RUN/network/           weights.safetensors, card.json, checkpoint.safetensors, log.jsonl
 RUN/evaluation.h5      bias and variance of each test fingerprint; its loss over M0
 RUN/maps/              one NIfTI and one JSON a parameter

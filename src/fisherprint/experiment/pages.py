@@ -39,11 +39,14 @@ def report_run(run: Run) -> Path:
         [model.parameters[model.index(name)] for name in names]
         for names in (estimated, data.names)
     )
+    known = experiment.training.inputs
+    unknown = [name for name in data.names if name not in known]
     sections = []
     facts = [
         f"{pulses.n_samples} pulses in {len(pulses.flip_angle)} train(s), "
         f"{pulses.duration:.1f} s, TR {1e3 * pulses.repetition_time:g} ms. "
-        f"The Fisher matrix has {', '.join(data.names)} and complex M0 as unknowns."
+        f"The Fisher matrix has {', '.join(unknown)} and complex M0 as unknowns."
+        + (f" The network is told {' and '.join(known)}." if known else "")
     ]
     if run.audit.exists():
         audit, score = files.read_audit(run.audit)
@@ -69,11 +72,16 @@ def report_run(run: Run) -> Path:
     if experiment.model.saturation != "generalized Bloch":
         sections += bound_pages.magnetization_sections(trains, models)
         sections += bound_pages.bound_sections(
-            trains, models, bound_pages.Question(), bases={"train": data.basis}, shown=described
+            trains,
+            models,
+            bound_pages.Question(known=known),
+            bases={"train": data.basis},
+            shown=described,
         )
     caption = (
         f"By how much {data.basis.rank} coefficients raise the bound of the variance, compared "
         f"with the whole signal. The basis holds {data.energy:.5%} of the signals' energy."
+        + (" Here all parameters are unknown." if known else "")
     )
     figure = report.compression_cost(data, everything)
     sections.append(report.Section("What compression costs", caption, figure))
@@ -90,7 +98,7 @@ def _audit_sections(
     config = run.experiment.training
     low, high = (scale / config.noise_std for scale in config.scale_range)
     near = float(audit.snr[np.abs(np.log(audit.snr / 50)).argmin()])
-    return [
+    sections = [
         report.Section(
             "Loss and its shares",
             "Mean squared error in units of the bound of the coefficients, split into bias and "
@@ -113,6 +121,18 @@ def _audit_sections(
             ],
         ),
     ]
+    if audit.prior is not None:
+        sections.append(
+            report.Section(
+                "Where the prior matters",
+                "Root mean squared error over the test set, beside what unbiased estimators can "
+                "reach (√CRB) and what those can that know the prior (van Trees). Where √CRB "
+                "nears the spread of the prior, a network does well to be biased, and the "
+                "second is the reference.",
+                [report.errors_and_bounds(audit, described), report.prior_table(audit, described)],
+            )
+        )
+    return sections
 
 
 def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from fisherprint import files, sequence, train
+from fisherprint import _checks, files, sequence, train
 from fisherprint.inference import Precision
 from fisherprint.models import SinglePool, TwoPool
 from fisherprint.models.cycle import Saturation
@@ -150,6 +150,11 @@ class MapSection(Table):
         None,
         description="of the widest products, float32 or bfloat16; else what is faster here",
     )
+    known: dict[str, Path] = Field(
+        {},
+        description="maps of [training] inputs by parameter, SI units (B0 in rad/s, B1 relative), "
+        "in any format of the coefficients; in .mat and .h5 under the parameter's name",
+    )
     basis: Path | None = Field(None, description="of the images, to compare with the network's")
     basis_key: str | None = Field(None, description="its key")
     quarter_turns: int = Field(
@@ -201,7 +206,7 @@ class Experiment(Table):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Experiment:
-        for name in (*self.training.estimated, *self.prior):
+        for name in (*self.training.estimated, *self.training.inputs, *self.prior):
             if name not in self.model.parameters:
                 raise ValueError(
                     f"expected parameters of the model, {', '.join(self.model.parameters)}; "
@@ -214,12 +219,8 @@ class Experiment(Table):
                     f"{', '.join(self.training.estimated)}; got {name!r}. Correct the name, or "
                     "[training] estimated."
                 )
-        if self.training.inputs:
-            raise ValueError(
-                "expected no [training] inputs: bounds in a data set hold for unknown parameters "
-                f"alone; got {', '.join(self.training.inputs)}. Train in Python, with `Samples` "
-                "whose bounds `bounds.of(..., known=...)` gives."
-            )
+        if self.map is not None:
+            require_maps("[training] inputs", self.training.inputs, self.map.known)
         if self.map is not None and (self.map.noise_std is None) == self.training.snr_input:
             raise ValueError(
                 "expected [map] noise_std with [training] snr_input, and none without; got "
@@ -229,6 +230,18 @@ class Experiment(Table):
         if self.map is not None and self.brain is not None:
             raise ValueError("expected [map] or [brain]; got both. Keep one.")
         return self
+
+
+def require_maps(whose: str, inputs: Collection[str], known: Collection[str]) -> None:
+    """Require a map of each input of a network, and of nothing else; else ValueError."""
+    missing = [name for name in inputs if name not in known]
+    superfluous = [name for name in known if name not in inputs]
+    if missing or superfluous:
+        raise ValueError(
+            f"expected known maps of {whose}, {_checks.listing(inputs)}; missing are "
+            f"{_checks.listing(missing)}, superfluous are {_checks.listing(superfluous)}. Add or "
+            "drop them in [map] known, or by --known NAME=FILE."
+        )
 
 
 class ExperimentError(ValueError):
@@ -293,6 +306,9 @@ def _moved(experiment: Experiment, move: Callable[[Path], Path]) -> Experiment:
             sections[name] = section.model_copy(
                 update={field: move(path) for field, path in paths.items() if path is not None}
             )
+    if isinstance(section := sections.get("map"), MapSection):
+        known = {name: move(path) for name, path in section.known.items()}
+        sections["map"] = section.model_copy(update={"known": known})
     return experiment.model_copy(update=sections)
 
 
@@ -358,7 +374,8 @@ def inputs(experiment: Experiment) -> Inputs:
         )
     if experiment.map is not None:
         # They are read last, hours later.
-        for path in (getattr(experiment.map, field) for field in _MAP_PATHS):
+        named = (getattr(experiment.map, field) for field in _MAP_PATHS)
+        for path in (*named, *experiment.map.known.values()):
             if path is not None:
                 files.require_file(path)
     signal_model = model(experiment, train)

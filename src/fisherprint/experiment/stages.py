@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fisherprint import evaluate as evaluation
-from fisherprint import files, inference, maps, simulate, train
+from fisherprint import files, fisher, inference, maps, simulate, train
+from fisherprint.experiment import schema
 from fisherprint.experiment.folder import (
     Run,
     forget_results,
@@ -24,6 +26,7 @@ from fisherprint.experiment.folder import (
     require_absent,
     versions,
 )
+from fisherprint.experiment.known import read_known
 from fisherprint.experiment.pages import report_run
 from fisherprint.experiment.schema import ExperimentError, MapSection, inputs
 from fisherprint.models.protocol import SignalModel
@@ -74,16 +77,18 @@ def simulate_run(run: Run, *, executor: Executor | None = None, progress: Progre
         split: [_shard_file(folder, shard) for shard in simulation.shards(split)]
         for split in simulate.SPLITS
     }
+    known = run.experiment.training.inputs
+    columns = [simulation.model.index(name) for name in known]
     held = energy = 0.0
     for split in simulate.SPLITS:
         found = []
         for path in paths[split]:
             part = files.read_shard(path)
-            found.append(simulate.finite(part.reduced))
+            found.append(simulate.finite(part.reduced, columns))
             if split == "training":
                 held += simulate.total_energy(part.reduced.coefficients)
                 energy += part.energy
-        simulate.require_determined(simulation, basis, split, found)
+        simulate.require_determined(simulation, basis, split, found, known=known)
     head = simulate.DataSet(simulation.model.names, basis, {}, held / energy, crb_weight)
     files.assemble_dataset(
         run.dataset, paths, head, train, seed=simulation.seed, versions=versions()
@@ -183,12 +188,21 @@ def _kept_basis(
     return basis
 
 
-def labelled(data: simulate.DataSet, split: str, names: tuple[str, ...]) -> train.Samples:
-    """A split's coefficients with the truth and the coefficients' bound of some parameters."""
+def labelled(
+    data: simulate.DataSet, split: str, names: Sequence[str], *, known: Sequence[str] = ()
+) -> train.Samples:
+    """A split's coefficients with the truth and the coefficients' bound of some parameters.
+
+    Behind them are the known parameters, of which the bound of the others knows.
+
+    Raises:
+        ValueError: known parameters, and a data set of an early version.
+        SingularInformationError: a parameter that no sample determines.
+    """
     reduced = data.samples[split]
-    return train.Samples(
-        data.names, reduced.coefficients, reduced.theta, reduced.crb_coefficients
-    ).select(names)
+    crb = data.crb(split, known=known)
+    every = train.Samples(data.names, reduced.coefficients, reduced.theta, crb)
+    return every.select((*names, *known))
 
 
 def train_run(
@@ -209,7 +223,8 @@ def train_run(
             its network without the checkpoint to go on from.
         ExperimentError: there is no data set, or the earlier epochs are of another one; or there
             is no network to start from, or it has another basis or other parameters.
-        ValueError: both `resume` and `force`, or a start with other options.
+        ValueError: both `resume` and `force`, a start with other options, or known inputs and a
+            data set of an early version.
     """
     if resume and force:
         raise ValueError(
@@ -220,6 +235,10 @@ def train_run(
     data, pulses, model = read_data(run)
     digest = files.file_digest(run.dataset)
     # What cannot be replaced is not removed, and what has begun needs no start.
+    training, validation = (
+        labelled(data, split, config.estimated, known=config.inputs)
+        for split in ("training", "validation")
+    )
     start, start_digest = None, None
     if run.experiment.training.start is not None and (force or not run.checkpoint.exists()):
         start, start_digest = _read_start(run.experiment.training.start, config, data)
@@ -240,9 +259,6 @@ def train_run(
     # A kill between the two writes leaves an epoch in the log that the checkpoint lacks.
     log = files.read_jsonl(run.log) if run.log.exists() else []
     files.write_jsonl(run.log, [record for record in log if record["number"] <= done])
-    training, validation = (
-        labelled(data, split, config.estimated) for split in ("training", "validation")
-    )
     progress("epochs", done, config.epochs)
     epochs = train.train(training, validation, config, start=start, state=state)
     for epoch, state in epochs:
@@ -283,12 +299,13 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
             f"expected the data set that {run.network} was trained with; {run.dataset} is "
             f"another. Train again: fisherprint train {run.folder} --force"
         )
-    test = labelled(data, "test", config.estimated)
+    everything = labelled(data, "test", config.estimated, known=config.inputs)
+    test, known = everything.select(config.estimated), everything.select(config.inputs).theta
 
-    def snr(coefficients: NDArray[Any], _: slice, std: float) -> NDArray[np.float64]:
-        return train.extra_inputs(config, coefficients, np.empty(0), noise_std=std)
+    def extra(coefficients: NDArray[Any], part: slice, std: float) -> NDArray[np.float64]:
+        return train.extra_inputs(config, coefficients, known[part, None], noise_std=std)
 
-    beside = snr if config.snr_input else None
+    beside = extra if config.inputs or config.snr_input else None
 
     few = train.Samples(
         test.names,
@@ -312,6 +329,16 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
         progress=lambda done, total: progress("fingerprints x SNR levels", done, total),
         rng=rng,
     )
+    theta = data.samples["test"].theta
+    if not data.has_information:
+        say("the data set is of an early version, without the information for the prior's bounds")
+    elif len(theta) <= len(data.names):
+        say(f"{len(theta)} test fingerprints are too few for the prior's bounds")
+    else:
+        prior = fisher.prior_bounds(
+            data.information("test"), theta, data.names, snr=section.snr, known=config.inputs
+        )
+        audit = dataclasses.replace(audit, prior=prior.select(config.estimated))
     files.write_audit(run.audit, audit, score)
     for line in summary(audit, score):
         say(line)
@@ -341,6 +368,28 @@ def summary(audit: evaluation.Audit, score: evaluation.Score) -> list[str]:
         for e, name in enumerate(("all", *audit.names)):
             bias, variance, std = (column[q, e] for column in columns)
             lines.append(f"{snr:7g}  {name:9}  {bias:12.3f}  {variance:12.3f}  {std:15.3f}")
+    return lines + _prior_lines(audit)
+
+
+def _prior_lines(audit: evaluation.Audit) -> list[str]:
+    """The error beside the bounds without and with the prior, all over the prior's spread."""
+    if audit.prior is None:
+        return []
+    lines = [
+        "over the standard deviation of the prior:",
+        "    SNR  parameter      RMSE  median √CRB  √van Trees: local  global  RMSE/√global",
+    ]
+    with_prior = np.sqrt([audit.prior.local, audit.prior.overall])
+    roots = [audit.root_mean_square, audit.median_root_crb(), *with_prior]
+    relative = np.stack(roots) / audit.prior.spread
+    ratio, error = audit.over_prior_bound()
+    for q, snr in enumerate(audit.snr):
+        for e, name in enumerate(audit.names):
+            rmse, crb, local, overall = relative[:, q, e]
+            lines.append(
+                f"{snr:7g}  {name:9}  {rmse:8.3f}  {crb:11.3f}  {local:17.3f}  {overall:6.3f}  "
+                f"{ratio[q, e]:5.2f} ± {error[q, e]:.2f}"
+            )
     return lines
 
 
@@ -387,6 +436,8 @@ def map_run(
         OutputExistsError: `out` already holds maps.
         ExperimentError: there is no data set or no network yet, or the images' noise is missing
             or of no use.
+        ValueError: known maps that are not those of the network's inputs, or do not fit the
+            images, or are mostly outside of the range of its training.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
@@ -400,14 +451,14 @@ def map_run(
         mask_key=section.mask_key if section.mask is None else None,
         rank=card["rank"],
     )
-    known = _basis_of(section, pulses)
-    if known is None:
+    basis = _basis_of(section, pulses)
+    if basis is None:
         say("the images do not say which basis they were made with; only the rank was checked")
-    elif known != card["basis_sha256"]:
+    elif basis != card["basis_sha256"]:
         if not force:
             raise BasisMismatchError(
                 f"expected coefficients in the network's basis {card['basis_sha256'][:12]}...; "
-                f"{section.coefficients} was made with {known[:12]}.... Reconstruct it with the "
+                f"{section.coefficients} was made with {basis[:12]}.... Reconstruct it with the "
                 "basis of this run, or map it all the same with --force."
             )
         say("the images were made with another basis; mapped all the same")
@@ -423,10 +474,17 @@ def map_run(
             f"got {section.noise_std}, and {run.network} has snr_input = {config.snr_input}. "
             "Measure it in a region without signal, or drop it."
         )
-    if section.noise_std is not None:
-        extra = train.extra_inputs(config, images, np.empty(0), noise_std=section.noise_std)
+    schema.require_maps("the network's inputs", config.inputs, section.known)
+    if config.inputs or config.snr_input:
         # What stands beside the coefficients must not make a mask.
         mask = maps.automatic_mask(images) if mask is None else mask
+        told = [model.parameters[model.index(name)] for name in config.inputs]
+        known = read_known(section.known, told, card.get("ranges", {}), mask, say=say)
+        # Without signal there is no estimate, whatever is known.
+        known[~images.any(axis=-1)] = np.nan
+        # Where σ is not given, nothing looks at it.
+        noise_std = np.nan if section.noise_std is None else section.noise_std
+        extra = train.extra_inputs(config, images, known, noise_std=noise_std)
         images = np.concatenate([images, extra.astype(images.real.dtype)], axis=-1)
     precision = section.precision or inference.fastest()
     result = maps.estimate_maps(
@@ -442,9 +500,10 @@ def map_run(
         "network_sha256": card["weights_sha256"],
         "dataset_sha256": card["dataset_sha256"],
         "basis_sha256": card["basis_sha256"],
-        "basis_of_images_sha256": known,
+        "basis_of_images_sha256": basis,
         "loss": card["config"]["loss"],
         "precision": precision,
+        "known_sha256": {name: files.file_digest(path) for name, path in section.known.items()},
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
     regions = _regions(result, say)
@@ -488,7 +547,10 @@ def _regions(result: maps.Maps, say: Say) -> dict[str, NDArray[np.bool_]]:
 
 
 def make_brain(run: Run, *, progress: Progress) -> MapSection:
-    """The digital brain's noisy coefficient images and its true maps, in `RUN/brain`."""
+    """The digital brain's noisy coefficient images and its true maps, in `RUN/brain`.
+
+    The maps that the network is told are the true ones.
+    """
     section = run.experiment.brain
     if section is None:
         raise ExperimentError("expected a [brain] section in the experiment; it has none.")
@@ -528,6 +590,9 @@ def make_brain(run: Run, *, progress: Progress) -> MapSection:
         coefficients=coefficients,
         mask=run.brain / "mask.nii.gz",
         noise_std=1 / section.snr if run.experiment.training.snr_input else None,
+        known={
+            name: run.brain / "truth" / f"{name}.nii.gz" for name in run.experiment.training.inputs
+        },
     )
 
 
@@ -631,7 +696,7 @@ def _card(
             for name, column in zip(data.names, theta.T, strict=True)
         },
         "snr_range": [scale / sigma for scale in config.scale_range],
-        "fisher_unknowns": [*data.names, "Re M0", "Im M0"],
+        "fisher_unknowns": [*(n for n in data.names if n not in config.inputs), *fisher.SCALE],
         "losses": {
             "training": last["train_loss"],
             "validation": last["validation_losses"],

@@ -33,12 +33,15 @@ def vary(run: Run, folder: Path, changes: Sequence[str]) -> Run:
         OutputExistsError: the folder holds a run.
         ExperimentError: no data set, a change that does not fit the schema, one that asks for
             another data set, or none.
+        ValueError: known inputs for a data set of an early version, which has no Fisher
+            information.
+        SingularInformationError: a parameter that is not determined with these inputs.
     """
     if (folder / "experiment.toml").exists():
         raise files.OutputExistsError(
             f"expected a new run folder; {folder} holds a run. Choose another name."
         )
-    read_data(run)
+    data, _, _ = read_data(run)
     content = run.experiment.model_dump(mode="json", exclude_none=True)
     for change in changes:
         _set(content, change)
@@ -56,6 +59,8 @@ def vary(run: Run, folder: Path, changes: Sequence[str]) -> Run:
                 f"expected changes that leave the data set as it is; got one of [{name}]. Write "
                 "an experiment of its own, and simulate it."
             )
+    # Whether this data set has the bounds that the training will need.
+    data.crb("training", known=varied.training.inputs)
     files.write_toml(folder / "experiment.toml", varied.model_dump(mode="json", exclude_none=True))
     new = Run(folder, varied)
     new.dataset.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
 from fisherprint.design import Round
 from fisherprint.evaluate import Audit, Score
+from fisherprint.fisher import PriorBounds
 from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import SPLITS, DataSet, Finished, Reduced, Shard
 from fisherprint.subspace import Basis
 
 # Version of the layout of data sets and audits; readers refuse another.
 _FORMAT = 1
-_BOUND_ATTRIBUTES = ("theta", "coefficients", "crb_signal", "crb_coefficients")
+# Arrays of each sample; data sets of early versions have no information.
+_SAMPLE_ARRAYS = tuple(field.name for field in fields(Reduced))
+_PRIOR_ARRAYS = ("snr", "spread", "overall", "local")
 _AUDIT_ARRAYS = ("snr", "truth", "crb", "bias", "variance")
 _SCORE_ARRAYS = ("loss_by_parameter", "standard_error_by_parameter")
 _ROUND_NUMBERS = (
@@ -179,15 +183,17 @@ def write_dataset(
 ) -> None:
     """Write a data set as HDF5 with its basis, train, seed and versions.
 
-    Groups `training`, `validation` and `test` hold `theta` (S, P), `coefficients` (S, K) and the
-    bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1; `basis` is (T, K). The
-    attributes of a CRB-SVD basis say so.
+    Groups `training`, `validation` and `test` hold `theta` (S, P), `coefficients` (S, K), the
+    bounds `crb_signal` and `crb_coefficients` (S, P) for σ = |M0| = 1, and `information`, the
+    lower triangle of the coefficients' Fisher information, row by row, of the P parameters and
+    of Re M0 and Im M0; `basis` is (T, K). The attributes of a CRB-SVD basis say so.
     """
     with _storage.new_hdf5(Path(path)) as file:
         _write_head(file, data, train, seed, versions)
         for split, reduced in data.samples.items():
-            for name in _BOUND_ATTRIBUTES:
-                file[f"{split}/{name}"] = getattr(reduced, name)
+            for name, array in vars(reduced).items():
+                if array is not None:
+                    file[f"{split}/{name}"] = array
 
 
 def assemble_dataset(
@@ -219,7 +225,7 @@ def assemble_dataset(
             first = 0
             for number, shard in enumerate(paths):
                 reduced = read_shard(shard).reduced
-                for name in _BOUND_ATTRIBUTES:
+                for name in _SAMPLE_ARRAYS:
                     part = getattr(reduced, name)
                     if number == 0:
                         total = _samples(paths)
@@ -256,7 +262,7 @@ def write_shard(path: str | Path, finished: Finished) -> None:
     """Write a shard of a data set as HDF5."""
     with _storage.new_hdf5(Path(path)) as file:
         file.attrs.update(format=_FORMAT, energy=finished.energy, **vars(finished.shard))
-        for name in _BOUND_ATTRIBUTES:
+        for name in _SAMPLE_ARRAYS:
             file[name] = getattr(finished.reduced, name)
 
 
@@ -268,8 +274,8 @@ def read_shard(path: str | Path) -> Finished:
     """
     path = Path(path)
     with _storage.open_hdf5(path) as file:
-        _require_format(file, path, "shard", _BOUND_ATTRIBUTES)
-        reduced = Reduced(**{name: file[name][()] for name in _BOUND_ATTRIBUTES})
+        _require_format(file, path, "shard", _SAMPLE_ARRAYS)
+        reduced = Reduced(**{name: file[name][()] for name in _SAMPLE_ARRAYS})
         attributes = file.attrs
         shard = Shard(str(attributes["split"]), int(attributes["number"]), int(attributes["size"]))
         return Finished(shard, reduced, float(attributes["energy"]))
@@ -290,10 +296,11 @@ def read_dataset(path: str | Path) -> tuple[DataSet, PulseTrain]:
     path = Path(path)
     with _storage.open_hdf5(path) as file:
         _require_format(file, path, "data set", ("train", "basis", *SPLITS))
-        samples = {
-            split: Reduced(**{name: file[split][name][()] for name in _BOUND_ATTRIBUTES})
-            for split in SPLITS
-        }
+        samples = {}
+        for split in SPLITS:
+            early = "information" not in file[split]
+            there = [name for name in _SAMPLE_ARRAYS if not (early and name == "information")]
+            samples[split] = Reduced(**{name: file[split][name][()] for name in there})
         names = tuple(str(name) for name in file.attrs["names"])
         basis = Basis(file["basis"][()])
         weight = file.attrs.get("basis_weight")
@@ -308,6 +315,9 @@ def write_audit(path: str | Path, audit: Audit, score: Score) -> None:
         file.attrs.update(format=_FORMAT, names=list(audit.names), n_noise=audit.n_noise)
         for name in _AUDIT_ARRAYS:
             file[f"audit/{name}"] = getattr(audit, name)
+        if audit.prior is not None:
+            for name in _PRIOR_ARRAYS:
+                file[f"prior/{name}"] = getattr(audit.prior, name)
         for name in _SCORE_ARRAYS:
             file[f"score/{name}"] = getattr(score, name)
         file["score"].attrs.update({name: getattr(score, name) for name in _SCORE_NUMBERS})
@@ -324,7 +334,11 @@ def read_audit(path: str | Path) -> tuple[Audit, Score]:
         _require_format(file, path, "evaluation", ("audit", "score"))
         names = tuple(str(name) for name in file.attrs["names"])
         moments = {name: file["audit"][name][()] for name in _AUDIT_ARRAYS}
-        audit = Audit(names=names, n_noise=int(file.attrs["n_noise"]), **moments)
+        prior = None  # of early versions
+        if "prior" in file:
+            prior = PriorBounds(names, **{name: file["prior"][name][()] for name in _PRIOR_ARRAYS})
+        n_noise = int(file.attrs["n_noise"])
+        audit = Audit(names=names, n_noise=n_noise, prior=prior, **moments)
         numbers = {name: file["score"].attrs[name].item() for name in _SCORE_NUMBERS}
         arrays = {name: file["score"][name][()] for name in _SCORE_ARRAYS}
         return audit, Score(names=names, **numbers, **arrays)

@@ -138,6 +138,38 @@ def read_mask(
     return mask
 
 
+def read_map(path: str | Path, shape: Sequence[int], *, name: str) -> NDArray[np.float64]:
+    """Read a map of real numbers, such as of B1, in any format that coefficients come in.
+
+    Args:
+        path: the file.
+        shape: (X, Y, Z) of the volume that it belongs to.
+        name: of the array in a `.mat` or HDF5 file; the other formats hold one without a name.
+
+    Returns:
+        float64, that shape; NaN where the file has it.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, foreign, without that array.
+        ValueError: complex values, or another shape than the volume's.
+    """
+    path = Path(path)
+    array = _read_image(path, name if _suffix(path) in _KEYED else None).array
+    # BART knows no real numbers.
+    if np.iscomplexobj(array):
+        if np.nan_to_num(array.imag).any():
+            raise ValueError(
+                f"expected a map of real numbers in {path}; got complex ones. Write the parameter "
+                "itself, not the image that it was found from."
+            )
+        array = array.real
+    if array.ndim == 4 and array.shape[-1] == 1:
+        array = array[..., 0]
+    array = _three_axes(array, 0, path)
+    _checks.shape(f"the map {path}", array, list(zip("XYZ", shape, strict=True)))
+    return np.asarray(array, dtype=np.float64)
+
+
 def write_mask(path: str | Path, mask: NDArray[np.bool_], *, volume: Volume) -> None:
     """Write a mask as a NIfTI of zeros and ones, placed in space like the volume."""
     with _storage.replacing(Path(path)) as temporary:

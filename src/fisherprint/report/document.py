@@ -74,6 +74,44 @@ def shares_table(audit: Audit, parameters: Sequence[Parameter]) -> str:
     )
 
 
+def prior_table(audit: Audit, parameters: Sequence[Parameter]) -> str:
+    """Errors by SNRmax and parameter beside the bounds without and with the prior, as HTML.
+
+    Raises:
+        KeyError: a parameter that the audit lacks.
+        ValueError: an audit without the bounds of the prior.
+    """
+    prior = audit.require_prior()
+    ratio, error = audit.over_prior_bound()
+    with_prior = (np.sqrt(prior.local), np.sqrt(prior.overall))
+    roots = (audit.root_mean_square, audit.median_root_crb(), *with_prior)
+    columns = [_checks.index(parameter.name, audit.names) for parameter in parameters]
+    rows = []
+    for q in np.argsort(audit.snr):
+        cells = [f"{audit.snr[q]:g}"]
+        for parameter, e in zip(parameters, columns, strict=True):
+            cells += [number(parameter.display_factor * float(root[q, e])) for root in roots]
+            cells.append(_uncertain(float(ratio[q, e]), float(error[q, e])))
+        rows.append(cells)
+    table = _table(
+        ["error", "√CRB", "√local", "√global", "error/√global"] * len(columns),
+        rows,
+        corner="SNR<sub>max</sub>",
+        groups=[(_with_unit(parameter), 5) for parameter in parameters],
+    )
+    spreads = ", ".join(
+        f"{p.name} {number(p.display_factor * float(prior.spread[e]))} {p.display_unit}".rstrip()
+        for p, e in zip(parameters, columns, strict=True)
+    )
+    return table + _note(
+        "Errors are root mean squares over all fingerprints, those without a bound among them; "
+        "√CRB is the median. Van Trees' global bound holds for any estimator, biased or not: no "
+        "last column is below 1, but for its standard error and some per cent where the prior is "
+        "not normal. It is low where few fingerprints hold most of the information; the mean of "
+        f"the local form is nearer to what can be reached. Spread of the prior: {spreads}."
+    )
+
+
 def score_table(scores: Mapping[str, Score], parameters: Sequence[Parameter]) -> str:
     """Loss ± standard error of one or several estimators, as HTML.
 

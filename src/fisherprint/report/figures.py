@@ -130,6 +130,40 @@ def loss_shares(
     return figure
 
 
+def errors_and_bounds(audit: Audit, parameters: Sequence[Parameter]) -> Figure:
+    """Root mean squared error against SNRmax, beside the bounds without and with the prior.
+
+    Args:
+        audit: with the bounds of the prior.
+        parameters: one panel each, in the displayed unit.
+
+    Raises:
+        KeyError: a parameter that the audit lacks.
+        ValueError: an audit without the bounds of the prior.
+    """
+    prior, order = audit.require_prior(), np.argsort(audit.snr)
+    figure, panels = panels_of(len(parameters), "Errors and bounds against SNR")
+    crb, error = audit.median_root_crb(), audit.root_mean_square
+    for axes, parameter in zip(panels, parameters, strict=True):
+        column, factor = _checks.index(parameter.name, audit.names), parameter.display_factor
+        spread = factor * prior.spread[column]
+        axes.axhline(spread, color="0.4", linewidth=1, linestyle="--", label="spread of the prior")
+        for values, style, color, label in (
+            (crb, "s:", VARIANCE, r"$\sqrt{\mathrm{CRB}}$, median"),
+            (np.sqrt(prior.local), "-", BIAS, "van Trees, local"),
+            (np.sqrt(prior.overall), ":", BIAS, "van Trees, global"),
+            (error, "^-", TOTAL, "error"),
+        ):
+            y = factor * values[order, column]
+            axes.plot(audit.snr[order], y, style, color=color, label=label, markersize=4)
+        axes.set(xscale="log", yscale="log", title=parameter.label, xlabel="SNR$_{max}$")
+        label_log(axes.xaxis)
+        label_log(axes.yaxis)
+    panels[0].set_ylabel("root mean square")
+    legend_above(figure, panels[0])
+    return figure
+
+
 def bias_histograms(audit: Audit, parameters: Sequence[Parameter], *, snr: float) -> Figure:
     """Distribution of the bias over the fingerprints, in the displayed unit (Fig. 5).
 
