@@ -229,7 +229,7 @@ def map_(
         typer.Option(help="σ of Re and Im, for a network of it."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; else the faster here.")
+        str | None, typer.Option(help="float32 or bfloat16; else by speed.")
     ] = None,
     known: Annotated[
         list[str] | None,
