@@ -17,12 +17,15 @@ from fisherprint.train.losses import (
     mse_loss,
     relative_loss,
 )
+from fisherprint.train.ranks import ALONE, Ranks, together
 
 __all__ = [
+    "ALONE",
     "RELATIVE_FLOOR",
     "DivergedError",
     "Epoch",
     "LossName",
+    "Ranks",
     "Samples",
     "State",
     "TrainingConfig",
@@ -33,5 +36,6 @@ __all__ = [
     "extra_inputs",
     "mse_loss",
     "relative_loss",
+    "together",
     "train",
 ]

@@ -25,7 +25,9 @@ from fisherprint.train.losses import (
     crb_loss,
     mse_loss,
     relative_loss,
+    terms,
 )
+from fisherprint.train.ranks import ALONE, Ranks
 
 # Losses that every training is validated by.
 _ORDINARY = ("crb", "mse", "relative")
@@ -172,6 +174,7 @@ def train(
     start: Mapping[str, Tensor] | None = None,
     state: State | None = None,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Epoch, State]]:
     """Train a network, yielding after each epoch what happened and the state to go on from (§2.6).
 
@@ -189,16 +192,20 @@ def train(
             of inputs and outputs stays.
         state: where to resume; its config may differ in `epochs` alone.
         device: where the network is trained.
+        ranks: the processes that train it together, each of which calls this with the same
+            arguments, takes its share of each batch and yields the same.
 
     Raises:
         KeyError: samples lack a parameter that is to be estimated or known.
         ValueError: samples, a start or a state that do not fit the config or each other, or both
-            a start and a state.
+            a start and a state; or processes that begin with different ones, batch normalization
+            in several processes, or a last batch too small for them.
         RuntimeError: the state's steps were compiled, and here nothing can be.
         DivergedError: the loss became NaN or infinite; it carries the last good state.
     """
     device = torch.device(device)
     config = _with_possible(config, state, device)
+    ranks.require_shares(len(training.theta), config)
     network, optimizer, state = _begin(training, validation, config, start, state, device)
     losses, products = _losses(network, config), getattr(torch, config.precision)
     step_layers = network.from_features
@@ -208,6 +215,8 @@ def train(
     held_out = _tensors(validation, config)
     noisy = _noisy(held_out, config, _generator(_VALIDATION_SEED))
     noisy = [part.to(device) for part in noisy]
+    ranks.require_same(_beginning(clean, config, state))
+    parallel = ranks.parallel(network)
     for number in range(state.epochs + 1, config.epochs + 1):
         began = time.perf_counter()
         n_samples, total = len(clean[0]), torch.zeros((), device=device)
@@ -215,21 +224,25 @@ def train(
         generator = _generator(config.seed, number, device=device)
         network.train()
         for step, batch in enumerate(_batches(clean, config, generator), start=first):
-            coefficients, truth, crb, known = batch
+            share = [part[ranks.rows(len(part))] for part in batch]
+            coefficients, truth, crb, known = share
             x = _features(network, coefficients, known, config)
             # The last batch may be smaller: not worth another minute of compilation.
-            layers = step_layers if len(x) == config.batch_size else network.from_features
-            estimate = layers(x, products).reshape(*coefficients.shape[:-1], -1)
-            loss = losses[config.loss](estimate, truth, crb)
+            full = len(batch[0]) == config.fingerprints
+            layers = step_layers if full else network.from_features
+            estimate = parallel(layers, x, products).reshape(*coefficients.shape[:-1], -1)
+            # A share counts by its terms: then the mean over the processes is the batch's loss.
+            weight = ranks.size * terms(config.loss, crb) / terms(config.loss, batch[2])
+            loss = weight * losses[config.loss](estimate, truth, crb)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
             rate = config.learning_rate_at(number, step)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
-            total += loss.detach() * len(truth)
+            total += loss.detach() * len(batch[0]) / ranks.size
 
-        train_loss = float(total) / n_samples
-        validated = _validate(network.eval(), losses, held_out, noisy, config)
+        train_loss = float(ranks.sum(total)) / n_samples
+        validated = _validate(network.eval(), losses, held_out, noisy, config, ranks)
         for value in (train_loss, validated[config.loss]):
             if not math.isfinite(value):
                 raise DivergedError(number, value, state)
@@ -294,6 +307,20 @@ def _with_possible(
         stacklevel=3,
     )
     return config.model_copy(update={"compiled": False})
+
+
+def _beginning(clean: _Tensors, config: TrainingConfig, state: State) -> dict[str, object]:
+    """What all processes must have in common."""
+    size, device = len(clean[0]), clean[0].device
+    # Unlike devices may draw unlike numbers, and an order tells.
+    order = torch.randperm(size, generator=_generator(config.seed, device=device), device=device)
+    return {
+        "config": config.model_dump(),
+        "epochs done": state.epochs,
+        "fingerprints": size,
+        "energy of the signals": float(clean[0].abs().square().sum()),
+        "random order": order[:8].tolist(),
+    }
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -488,16 +515,19 @@ def _validate(
     clean: _Tensors,
     noisy: _Tensors,
     config: TrainingConfig,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """The losses on samples with the same noise in each epoch."""
 
     def estimate(coefficients: Tensor, known: Tensor) -> Tensor:
-        x = _features(network, coefficients, known, config)
+        own = ranks.rows(len(coefficients))
+        x = _features(network, coefficients[own], known[own], config)
         y = [
             network.from_features(part, torch.float32)
             for part in torch.split(x, _VALIDATION_CHUNK)
         ]
-        return torch.cat(y).reshape(*coefficients.shape[:-1], -1)
+        estimates = torch.cat(y).reshape(*coefficients[own].shape[:-1], -1)
+        return ranks.whole(estimates, len(coefficients))
 
     coefficients, theta, crb, known = noisy
     estimates = estimate(coefficients, known)

@@ -5,8 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fisherprint.train.config import LossName
+
 # |θ| below this fraction of the prior spread counts as that fraction in the relative loss.
 RELATIVE_FLOOR = 0.01
+
+
+def terms(loss: LossName, crb: Tensor) -> Tensor | int:
+    """What a loss divides its sum by: S E, or where it uses bounds the finite ones, at least 1.
+
+    Args:
+        loss: its name.
+        crb: bounds, shape (S, E).
+    """
+    if loss in ("crb", "bias-reduced"):
+        return crb.isfinite().sum().clamp(min=1)
+    return crb.numel()
 
 
 def crb_loss(estimate: Tensor, truth: Tensor, crb: Tensor) -> Tensor:
@@ -22,7 +36,7 @@ def crb_loss(estimate: Tensor, truth: Tensor, crb: Tensor) -> Tensor:
         truth: θ, shape (S, E), the same units.
         crb: bound of θ for this noise and this M0, shape (S, E), those units squared.
     """
-    return ((estimate - truth).square() / crb).sum() / crb.isfinite().sum().clamp(min=1)
+    return ((estimate - truth).square() / crb).sum() / terms("crb", crb)
 
 
 def mse_loss(estimate: Tensor, truth: Tensor) -> Tensor:
@@ -77,4 +91,4 @@ def bias_reduced_loss(
     variance, mean = torch.var_mean(estimates, dim=1)
     bias = ((mean - truth).square() - variance / estimates.shape[1]) / crb
     excess = (variance / crb - variance_limit).clamp(min=0)
-    return (bias + variance_weight * excess).sum() / crb.isfinite().sum().clamp(min=1)
+    return (bias + variance_weight * excess).sum() / terms("bias-reduced", crb)
