@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from fisherprint import experiment as stages
 from fisherprint import inference
-from fisherprint.experiment.stages import labelled, load_network
+from fisherprint.experiment import labelled, load_network
 from fisherprint.network import as_estimator
 from fisherprint.onnx_graph import as_onnx
 

@@ -26,6 +26,7 @@ import pytest
 import safetensors.torch
 
 from fisherprint import cli, files
+from fisherprint.experiment import shipped
 from fisherprint.models import TwoPool
 from fisherprint.sequence import PulseTrain
 from fisherprint.subspace import Basis
@@ -60,7 +61,7 @@ voxel_size = 12.0
 """
 COMMANDS = (
     *("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo"),
-    *("design", "export", "vary", "reproduce", "bids"),
+    *("design", "export", "vary", "reproduce", "bids", "onnx", "models", "ship"),
 )
 
 
@@ -569,6 +570,54 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     assert logs[0] == logs[1]
 
 
+# Networks without a run.
+
+
+def test_a_shipped_network_maps_without_its_run(
+    finished: tuple[Path, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    said = done("ship", finished[1], "-o", folder)
+    assert said.startswith(f"tiny: m0s, T1, T2f from {RANK} coefficients (svd) of its own train")
+    mask = finished[1] / "brain" / "mask.nii.gz"
+    done("map", images, "--mask", mask, "--model", folder, "-o", tmp_path / "maps")
+    old, new = (
+        json.loads((maps / "summary.json").read_text())["regions"]["all"]
+        for maps in (finished[1] / "maps", tmp_path / "maps")
+    )
+    assert new["voxels"] == old["voxels"]
+    for name in ("m0s", "T1", "T2f"):
+        # Weights of 11 bits.
+        assert new[name]["median"] == pytest.approx(old[name]["median"], rel=5e-3)
+        assert new[name]["median"] != old[name]["median"]
+
+    monkeypatch.setattr(shipped, "folders", lambda: {"tiny": folder})
+    assert done("models") == said
+    done("map", images, "--mask", mask, "--model", "tiny", "-o", tmp_path / "again")
+    message = refused("map", images, "--model", "huge", "-o", tmp_path / "no")
+    assert "expected a shipped network (tiny)" in message
+    message = refused("ship", finished[1], "-o", folder)
+    assert "already there" in message and "--force" in message
+
+
+def test_the_networks_of_the_package_are_listed() -> None:
+    said = done("models")
+    assert said.startswith("bundled: m0s, T1, T2f from ")
+    assert "of the bundled train" in said
+    assert "bias²/CRB and variance/CRB at SNR 50: m0s " in said
+
+
+@pytest.mark.slow
+def test_the_pretrained_demo_takes_less_than_a_minute(tmp_path: Path) -> None:
+    pytest.importorskip("nilearn")
+    began = time.monotonic()
+    said = done("demo", "--pretrained", "-o", tmp_path / "out")
+    assert time.monotonic() - began < 60
+    assert str(tmp_path / "out" / "report.html") in said
+    regions = json.loads((tmp_path / "out" / "maps" / "summary.json").read_text())["regions"]
+    assert regions["all"]["voxels"] > 20_000
+
+
 # Calls and messages.
 
 
@@ -600,7 +649,8 @@ def test_all_commands_are_listed() -> None:
         (["train"], "RUN"),
         (["train", "run", "--bogus"], "--bogus"),
         (["simulate", "tiny.toml"], "--output"),
-        (["map", "x.nii", "-o", "maps"], "--run"),
+        (["map", "x.nii", "-o", "maps"], "--run or --model"),
+        (["map", "x.nii", "-o", "m", "--run", "r", "--model", "bundled"], "--run or --model"),
         (["map", "x.nii", "-o", "m", "--run", "r", "--basis", "U.h5"], "--basis-key"),
         (["map", "x.nii", "-o", "m", "--run", "r", "--basis-key", "U"], "belong together"),
     ],

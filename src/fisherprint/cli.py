@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -30,7 +31,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from fisherprint.bounds import BoundTable
-    from fisherprint.experiment import Experiment, Question
+    from fisherprint.experiment import Experiment, Question, Run, Trained
     from fisherprint.sequence import PulseTrain
 
 # Of this process, nearly: loading the libraries takes seconds.
@@ -110,7 +111,7 @@ class _Display:
 
 
 @contextmanager
-def _display() -> Iterator[_Display]:
+def _display(*, quiet: bool = False) -> Iterator[_Display]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,12 +120,13 @@ def _display() -> Iterator[_Display]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(soft_wrap=True)) as bars:
+    with Progress(*columns, console=Console(soft_wrap=True, quiet=quiet)) as bars:
         yield _Display(bars)
 
 
 @app.callback()
 def _main(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
     """From a pulse train to parameter maps, in units of the Cramér-Rao bound.
@@ -132,6 +134,11 @@ def _main(
     Example: fisherprint run experiments/bundled.toml -o runs/bundled
     """
     # `main` takes --debug out of the arguments, wherever it stands; here it is only listed.
+    if "TORCHELASTIC_RUN_ID" in os.environ and context.invoked_subcommand != "train":
+        raise typer.BadParameter(
+            f"torchrun is for train alone; got {context.invoked_subcommand}, which would write "
+            "the same files in each process. Call it without torchrun."
+        )
 
 
 @app.command()
@@ -178,14 +185,22 @@ def train(
 ) -> None:
     """Train the network of a run; Ctrl-C keeps all finished epochs.
 
+    Several GPUs: torchrun --nproc-per-node N -m fisherprint.cli train RUN
+
     Example: fisherprint train runs/bundled --resume
     """
     from fisherprint import experiment as stages
+    from fisherprint import train as training
 
-    with _display() as display:
+    with training.together() as ranks, _display(quiet=ranks.rank > 0) as display:
         opened = stages.open_run(run)
         stages.train_run(
-            opened, resume=resume, force=force, say=display.say, progress=display.progress
+            opened,
+            resume=resume,
+            force=force,
+            ranks=ranks,
+            say=display.say,
+            progress=display.progress,
         )
         display.say(f"network: {opened.network}")
 
@@ -208,13 +223,18 @@ def evaluate(run: _Run, force: _Force = False) -> None:
 # Options enough for a screen: two lines of help are one paragraph.
 @app.command(
     name="map",
-    help="Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a run's network.\n"
+    help="Map coefficient images (.nii, .cfl, .npy, .mat, .h5) with a trained network.\n"
     "Example: fisherprint map coeffs.mat --key x --run runs/invivo -o maps",
 )
 def map_(
     coefficients: Annotated[Path, typer.Argument(metavar="COEFFICIENTS")],
-    run: Annotated[Path, typer.Option(metavar="RUN", help="Run folder with the network.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps.")],
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Run folder with the network,")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="or a shipped one: fisherprint models.")
+    ] = None,
     key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
     mask: Annotated[Path | None, typer.Option(help="Mask; else automatic.")] = None,
     mask_key: Annotated[
@@ -242,11 +262,18 @@ def map_(
         bool, typer.Option("--overwrite", help="Replace maps that are there.")
     ] = False,
 ) -> None:
-    """Map coefficient images with a run's network."""
+    """Map coefficient images with a trained network."""
     from fisherprint import experiment as stages
 
     if (basis is None) != (basis_key is None):
         raise typer.BadParameter("--basis and --basis-key belong together; got one of them.")
+    source: Run | Trained
+    if run is not None and model is None:
+        source = stages.open_run(run)
+    elif model is not None and run is None:
+        source = stages.shipped.load(model)
+    else:
+        raise typer.BadParameter("expected --run or --model; got both or neither. Name one.")
     section = stages.MapSection(
         coefficients=coefficients,
         key=key,
@@ -260,7 +287,7 @@ def map_(
     )
     with _display() as display:
         stages.map_run(
-            stages.open_run(run),
+            source,
             section,
             output,
             force=force,
@@ -413,14 +440,63 @@ def reproduce(
 
 
 @app.command()
-def demo(output: _Out = Path("runs/demo"), force: _Force = False) -> None:
+def demo(
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="RUN", help="Else runs/demo or runs/pretrained."),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Only map, with the shipped network: a minute.")
+    ] = False,
+    force: _Force = False,
+) -> None:
     """Simulate, train, evaluate and map a digital brain; needs no data.
 
     Example: fisherprint demo -o runs/demo
     """
     from fisherprint import experiment as stages
 
-    _run_all(stages.read(None), output, force)
+    if not pretrained:
+        _run_all(stages.read(None), output or Path("runs/demo"), force)
+        return
+    with _display() as display:
+        page = stages.shipped.demonstrate(
+            stages.shipped.load(),
+            output or Path("runs/pretrained"),
+            force=force,
+            say=display.say,
+            progress=display.progress,
+        )
+        display.say(f"finished in {time.monotonic() - _BEGAN:.0f} seconds")
+        display.say(f"report: {page.resolve()}")
+
+
+@app.command()
+def models() -> None:
+    """List the trained networks that come with the package, and how well they do.
+
+    Example: fisherprint models
+    """
+    from fisherprint import experiment as stages
+
+    for name in stages.shipped.folders():
+        typer.echo("\n".join(stages.shipped.described(stages.shipped.load(name))))
+
+
+@app.command()
+def ship(
+    run: _Run,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For all files.")],
+    force: _Force = False,
+) -> None:
+    """Make a run's evaluated network a small folder, which `map --model DIR` takes.
+
+    Example: fisherprint ship runs/bundled -o bundled
+    """
+    from fisherprint import experiment as stages
+
+    trained = stages.shipped.make(stages.open_run(run), output, today=date.today(), force=force)
+    typer.echo("\n".join(stages.shipped.described(trained)))
 
 
 @app.command()
@@ -537,7 +613,7 @@ def onnx(
     typer.echo(f"network: {output}")
 
 
-# Options enough for a screen: two lines of help are one paragraph.
+# Here too.
 @app.command(
     help="What a train can see: √CRB of each parameter in tissues, complex M0 unknown.\n"
     "Example: fisherprint crb train.toml bundled --tissue CSF --scan-time 60"

@@ -12,6 +12,7 @@ RUN/report.html        all of it in pictures
 
 from __future__ import annotations
 
+from fisherprint.experiment import shipped
 from fisherprint.experiment.bound_pages import (
     BUNDLED,
     TRAIN_SUFFIXES,
@@ -33,6 +34,15 @@ from fisherprint.experiment.folder import (
     start,
     versions,
 )
+from fisherprint.experiment.mapping import (
+    BasisMismatchError,
+    Trained,
+    load_network,
+    make_brain,
+    map_run,
+    open_trained,
+    write_brain,
+)
 from fisherprint.experiment.pages import report_run
 from fisherprint.experiment.reproduction import reproduce
 from fisherprint.experiment.schema import (
@@ -50,19 +60,9 @@ from fisherprint.experiment.schema import (
     read,
     shareable,
 )
-from fisherprint.experiment.stages import (
-    BasisMismatchError,
-    evaluate_run,
-    forecast_run,
-    labelled,
-    load_network,
-    make_brain,
-    map_run,
-    run_all,
-    simulate_run,
-    summary,
-    train_run,
-)
+from fisherprint.experiment.simulating import forecast_run, simulate_run
+from fisherprint.experiment.stages import evaluate_run, run_all, summary
+from fisherprint.experiment.training import labelled, train_run
 from fisherprint.experiment.varying import vary
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "Run",
     "SequenceSection",
     "SimulationSection",
+    "Trained",
     "bound_table",
     "design_train",
     "evaluate_run",
@@ -92,6 +93,7 @@ __all__ = [
     "map_run",
     "model",
     "open_run",
+    "open_trained",
     "read",
     "read_data",
     "read_design",
@@ -101,6 +103,7 @@ __all__ = [
     "require_absent",
     "run_all",
     "shareable",
+    "shipped",
     "simulate_run",
     "start",
     "summary",
@@ -111,5 +114,6 @@ __all__ = [
     "workers",
     "write_bounds_csv",
     "write_bounds_json",
+    "write_brain",
     "write_onnx",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fisherprint import files
 from fisherprint.experiment.folder import Run, versions
-from fisherprint.experiment.stages import load_network
+from fisherprint.experiment.mapping import load_network
 from fisherprint.onnx_graph import as_onnx
 
 # Of the card, what a user of the network must know, and what it was made from.

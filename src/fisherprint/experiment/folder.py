@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,11 @@ from fisherprint.experiment.schema import Experiment, ExperimentError, inputs, r
 from fisherprint.models.protocol import SignalModel
 from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import DataSet
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how many of it, and of how many."""
+Say = Callable[[str], None]
+"""Called with a line for people."""
 
 
 @dataclass(frozen=True)

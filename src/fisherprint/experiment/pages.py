@@ -56,7 +56,7 @@ def report_run(run: Run) -> Path:
             "can be; shrinking towards the prior can go below)."
         )
     if (run.maps / "summary.json").exists():
-        sections += _map_sections(run, described)
+        sections += map_sections(run, described)
     if run.audit.exists():
         sections += _audit_sections(run, audit, score, described)
     if run.log.exists():
@@ -135,7 +135,8 @@ def _audit_sections(
     return sections
 
 
-def _map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
+def map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
+    """The maps in a run folder; of the digital brain, beside the truth."""
     estimate = files.read_maps(run.maps, [parameter.name for parameter in described])
     if run.experiment.brain is None:
         figure, tables = _picture(run, estimate, described), []

@@ -16,9 +16,9 @@ from fisherprint import _checks, _storage, files, fisher, report, train
 from fisherprint import evaluate as evaluation
 from fisherprint.evaluate import Audit, AuditMap, Score
 from fisherprint.experiment import tissues
-from fisherprint.experiment.folder import Run, open_run, read_data, versions
+from fisherprint.experiment.folder import Progress, Run, Say, open_run, read_data, versions
+from fisherprint.experiment.mapping import load_network
 from fisherprint.experiment.schema import ExperimentError, shareable
-from fisherprint.experiment.stages import Progress, Say, load_network
 from fisherprint.models.protocol import SignalModel
 from fisherprint.network import as_estimator
 from fisherprint.parameters import Parameter
