@@ -574,7 +574,7 @@ def test_files_to_map_are_missed_before_the_simulation(inputs: Path, tmp_path: P
     changes = ({"coefficients": "no.h5"}, {"mask": "no.npy"}, {"basis": "no.mat"})
     for change in (*changes, {"known": {"B1": "no.npy"}}):
         content = merged(TINY, merged(OWN, {"map": change}))
-        content["training"] |= {"inputs": list(change.get("known", {}))}
+        content = merged(content, {"training": {"inputs": list(change.get("known", {}))}})
         run = stages.start(read(inputs, content), tmp_path)
         with pytest.raises(UnreadableFileError, match=r"expected a file at .*no\."):
             stages.run_all(run, say=silent, progress=silent)

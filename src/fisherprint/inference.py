@@ -156,7 +156,9 @@ def in_parts(
     @torch.inference_mode()
     def fill(start: int) -> None:
         part = slice(start, start + _CHUNK)
-        result[part] = function(rows[part])
+        # Infinite weights make estimates of NaN, as in torch, without a warning.
+        with np.errstate(invalid="ignore"):
+            result[part] = function(rows[part])
 
     n_threads = _threads.usable()
     with (
@@ -203,7 +205,9 @@ def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[
 def _centred(values: NDArray[Any], group: int) -> NDArray[Any]:
     """Each group of neighbours along the last axis less its mean."""
     groups = values.reshape(*values.shape[:-1], -1, group)
-    return np.asarray((groups - groups.mean(axis=-1, keepdims=True)).reshape(values.shape))
+    with np.errstate(invalid="ignore"):  # as in `in_parts`
+        centred = groups - groups.mean(axis=-1, keepdims=True)
+    return np.asarray(centred.reshape(values.shape))
 
 
 def _one_thread_of_torch() -> None:
