@@ -33,10 +33,11 @@ def folder(tmp_path: Path) -> Path:
         provenance={"loss": "crb"},
     )
     for name, about in (
-        ("T1_sd", {"Parameter": "T1", "Kind": "standard deviation", "Unit": "s"}),
-        ("m0s_sd", {"Parameter": "m0s", "Kind": "standard deviation", "Unit": ""}),
-        ("B1_sd", {"Parameter": "B1", "Kind": "standard deviation", "Unit": ""}),
-        ("status", {"Parameter": "status", "Kind": "status", "Unit": "", "Codes": {"0": "fine"}}),
+        ("T1_std", {"Parameter": "T1", "Kind": "standard deviation", "Unit": "s"}),
+        ("m0s_std", {"Parameter": "m0s", "Kind": "standard deviation", "Unit": ""}),
+        ("B1_std", {"Parameter": "B1", "Kind": "standard deviation", "Unit": ""}),
+        ("M0", {"Parameter": "M0", "Kind": "estimate", "Unit": ""}),
+        ("M0_phase", {"Parameter": "M0_phase", "Kind": "estimate", "Unit": "rad"}),
     ):
         image = nibabel.Nifti1Image(rng.random((3, 4, 2)).astype(np.float32), affine)
         nibabel.save(image, tmp_path / "maps" / f"{name}.nii.gz")
@@ -67,7 +68,7 @@ def test_the_data_set_is_valid_but_for_what_it_tells_to_ignore(folder: Path) -> 
             *("anat/STEM_T1map", "anat/STEM_desc-std_T1map", "anat/STEM_T2map"),
             *("anat/STEM_m0smap", "anat/STEM_desc-std_m0smap", "anat/STEM_Rxmap"),
             *("anat/STEM_B0map", "fmap/STEM_TB1map", "fmap/STEM_desc-std_TB1map"),
-            "anat/STEM_desc-status_dseg",
+            *("anat/STEM_M0map", "anat/STEM_M0phasemap"),
         )
     }
     ignored = (root / ".bidsignore").read_text().split()
@@ -76,14 +77,15 @@ def test_the_data_set_is_valid_but_for_what_it_tells_to_ignore(folder: Path) -> 
     told = {p for p in everything if any(fnmatch.fnmatch(p, pattern) for pattern in ignored)}
     # Neither is anything unofficial left to be complained of, nor anything official hidden.
     assert unmatched - {".bidsignore"} == told
-    assert len(told) == 2 * 4  # m0s, its error, Rx, B0: image and sidecar each
+    # m0s, its error, Rx, B0, phase of M0: image and sidecar each.
+    assert len(told) == 2 * 5
 
 
 def test_images_are_the_same_and_sidecars_say_what_bids_asks_for(folder: Path) -> None:
     root = folder.parent / "derivatives"
     write_bids(folder, root, Entities("01"), versions=VERSIONS, sources=["bids:raw:sub-01/x"])
     anat = root / "sub-01" / "anat"
-    for there, here in (("T1map", "T1"), ("desc-std_T1map", "T1_sd"), ("m0smap", "m0s")):
+    for there, here in (("T1map", "T1"), ("desc-std_T1map", "T1_std"), ("m0smap", "m0s")):
         one, other = (
             nibabel.load(path)
             for path in (anat / f"sub-01_{there}.nii.gz", folder / f"{here}.nii.gz")
@@ -94,7 +96,9 @@ def test_images_are_the_same_and_sidecars_say_what_bids_asks_for(folder: Path) -
     assert (T1["Units"], T1["Sources"]) == ("s", ["bids:raw:sub-01/x"])
     assert T1["Fisherprint"]["Provenance"] == {"loss": "crb"}
     assert files.read_json(anat / "sub-01_m0smap.json")["Units"] == "1"
-    assert (anat / "sub-01_desc-status_dseg.tsv").read_text() == "index\tname\n0\tfine\n"
+    assert files.read_json(anat / "sub-01_M0map.json")["Units"] == "arbitrary"
+    assert files.read_json(anat / "sub-01_M0phasemap.json")["Units"] == "rad"
+    assert T1["EstimationAlgorithm"] == "neural network"
     about = files.read_json(root / "dataset_description.json")
     assert about["DatasetType"] == "derivative" and about["BIDSVersion"]
     assert about["GeneratedBy"] == [{"Name": "fisherprint", "Version": "0.1.0"}]

@@ -60,7 +60,7 @@ BRAIN = """
 voxel_size = 12.0
 """
 COMMANDS = (
-    *("simulate", "train", "evaluate", "map", "report", "crb", "run", "demo"),
+    *("simulate", "train", "evaluate", "map", "fit", "report", "crb", "run", "demo"),
     *("design", "export", "vary", "reproduce", "bids", "onnx", "models", "ship"),
 )
 

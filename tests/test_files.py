@@ -526,6 +526,7 @@ def test_the_sidecar_says_what_the_image_holds(tmp_path):
     write_two(tmp_path)
     values = two_maps()["T2f"]
     assert files.read_json(tmp_path / "T2f.json") == {
+        "Kind": "estimate",
         "Parameter": "T2f",
         "Unit": "s",
         "DisplayUnit": "ms",

@@ -298,6 +298,65 @@ def map_(
         display.say(f"maps: {output}")
 
 
+# As for `crb` below.
+@app.command(
+    help="Fit coefficient images by least squares. Killed and repeated, it goes on.\n"
+    "Example: fisherprint fit x.nii --run runs/paper -o nlls --known B1=b1.nii"
+)
+def fit(
+    coefficients: Annotated[Path, typer.Argument(metavar="COEFFICIENTS")],
+    run: Annotated[Path, typer.Option(metavar="RUN", help="Run folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps.")],
+    key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Mask; else automatic.")] = None,
+    mask_key: Annotated[str | None, typer.Option(help="Its name in MASK or COEFFICIENTS.")] = None,
+    known: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE|MAP", help="Not fitted; repeated.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="N|MAPS|RUN", help="Else RUN's network, or 4 starts.")
+    ] = None,
+    noise_std: Annotated[
+        float | None, typer.Option(help="σ of Re, Im; else the residual's.")
+    ] = None,
+    workers: _Workers = None,
+    scheduler: _Scheduler = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace maps that are there.")
+    ] = False,
+) -> None:
+    """Fit coefficient images by least squares."""
+    from fisherprint import experiment as stages
+
+    section = stages.MapSection(
+        coefficients=coefficients, key=key, mask=mask, mask_key=mask_key, noise_std=noise_std
+    )
+    with stages.workers(workers, scheduler) as pool, _display() as display:
+        stages.fit_run(
+            stages.open_run(run),
+            section,
+            output,
+            known=dict(_fixed(word) for word in known or ()),
+            start=None if start is None else int(start) if start.isdigit() else Path(start),
+            overwrite=overwrite,
+            executor=pool.executor,
+            say=display.say,
+            progress=display.progress,
+        )
+        display.say(f"maps: {output}")
+
+
+def _fixed(word: str) -> tuple[str, float | Path]:
+    """NAME=VALUE or NAME=FILE."""
+    name, equals, value = word.partition("=")
+    if not (name and equals and value):
+        raise typer.BadParameter(f"--known takes NAME=VALUE or NAME=MAP; got {word!r}.")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, Path(value)
+
+
 @app.command()
 def bids(
     maps: Annotated[Path, typer.Argument(metavar="MAPS", help="Folder of maps.")],

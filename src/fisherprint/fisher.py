@@ -134,6 +134,27 @@ def bounds(information: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(lost, np.inf, variance)
 
 
+def covariance(information: NDArray[np.float64]) -> NDArray[np.float64]:
+    """F⁻¹ of each sample, equilibrated and judged as by `bounds`, which is its diagonal.
+
+    Args:
+        information: F, shape (S, Q, Q).
+
+    Returns:
+        Shape (S, Q, Q); of what cannot be told from others the variance is infinite and the
+        covariance NaN.
+
+    Raises:
+        ValueError: F is not finite.
+    """
+    _checks.finite("the Fisher information", information)
+    scale, vectors, inverse, lost = _inverted(information)
+    within = (vectors * inverse[..., None, :]) @ vectors.mT
+    result = scale[..., :, None] * within * scale[..., None, :]
+    result[lost[..., :, None] | lost[..., None, :]] = np.nan
+    return np.where(lost[..., None] & np.eye(lost.shape[-1], dtype=bool), np.inf, result)
+
+
 def _inverted(
     information: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:

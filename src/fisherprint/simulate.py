@@ -328,7 +328,7 @@ def fit_basis(
 
     def batches(task: Callable[[tuple[Shard, slice]], _Result]) -> Iterator[_Result]:
         done = 0
-        for (_, part), batch in _apply(executor, task, parts, ahead=max(2, ahead), ordered=True):
+        for (_, part), batch in apply(executor, task, parts, ahead=max(2, ahead), ordered=True):
             done += part.stop - part.start
             progress("signals for the basis", done, total)
             yield batch
@@ -374,7 +374,7 @@ def reduce(
     total: Counter[str] = Counter()
     for shard in shards:
         total[shard.split] += shard.size
-    for shard, (reduced, energy) in _apply(executor, task, shards, ahead=_AHEAD, ordered=False):
+    for shard, (reduced, energy) in apply(executor, task, shards, ahead=_AHEAD, ordered=False):
         done[shard.split] += shard.size
         progress(f"fingerprints for {shard.split}", done[shard.split], total[shard.split])
         yield Finished(shard, reduced, energy)
@@ -490,7 +490,7 @@ def _batches(model: SignalModel, size: int) -> Iterator[slice]:
         yield slice(first, min(first + length, size))
 
 
-def _apply(
+def apply(
     executor: Executor,
     function: Callable[[_Item], _Result],
     items: Iterable[_Item],
@@ -498,7 +498,7 @@ def _apply(
     ahead: int,
     ordered: bool,
 ) -> Iterator[tuple[_Item, _Result]]:
-    """Items with their results, in their own order or as they are completed.
+    """A function of each item on an executor, in the items' order or as they are completed.
 
     Only some tasks are submitted before their turn, so that results do not pile up. What has not
     begun is cancelled when the caller stops, as on an error or an interrupt.
@@ -567,7 +567,7 @@ def forecast(
 
     # Compilation, the table of rates and the start of the workers belong to no shard.
     few, many = some(SHARD), some(3 * SHARD)
-    tasks = _apply(executor, functools.partial(_signals, few), _parts_for_basis(few, 1),
+    tasks = apply(executor, functools.partial(_signals, few), _parts_for_basis(few, 1),
                    ahead=n_workers, ordered=True)  # fmt: skip
     for _ in tasks:
         pass

@@ -26,6 +26,7 @@ from fisherprint.experiment.bound_pages import (
 from fisherprint.experiment.cluster import workers
 from fisherprint.experiment.designing import Design, design_train, read_design
 from fisherprint.experiment.exchange import write_onnx
+from fisherprint.experiment.fitting import fit_run
 from fisherprint.experiment.folder import (
     Run,
     open_run,
@@ -85,6 +86,7 @@ __all__ = [
     "bound_table",
     "design_train",
     "evaluate_run",
+    "fit_run",
     "forecast_run",
     "inputs",
     "labelled",

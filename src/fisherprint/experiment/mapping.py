@@ -134,7 +134,7 @@ def map_run(
         mask_key=section.mask_key if section.mask is None else None,
         rank=card["rank"],
     )
-    basis = _basis_of(section, trained.train)
+    basis = basis_of_images(section, trained.train)
     if basis is None:
         say("the images do not say which basis they were made with; only the rank was checked")
     elif basis != card["basis_sha256"]:
@@ -189,14 +189,14 @@ def map_run(
         "known_sha256": {name: files.file_digest(path) for name, path in section.known.items()},
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
-    regions = _regions(result, say)
+    regions = regions_of(result, say)
     for name in REGIONS:
         path = out / region_file(name)
         path.unlink(missing_ok=True)  # of earlier maps
         if name in regions:
             files.write_mask(path, regions[name], volume=volume)
     regions = {"all": result.mask} | regions
-    statistics = {name: _statistics(result, inside) for name, inside in regions.items()}
+    statistics = {name: region_statistics(result, inside) for name, inside in regions.items()}
     files.write_json(
         out / "summary.json",
         {"regions": statistics, "failed_voxels": result.n_failed, "provenance": provenance},
@@ -283,7 +283,7 @@ def write_brain(
     )
 
 
-def _regions(result: maps.Maps, say: Say) -> dict[str, NDArray[np.bool_]]:
+def regions_of(result: maps.Maps, say: Say) -> dict[str, NDArray[np.bool_]]:
     """Regions that the maps themselves tell apart, as far as their parameters allow it."""
     regions: dict[str, NDArray[np.bool_]] = {}
     longitudinal = maps.longitudinal(result.names)
@@ -300,7 +300,7 @@ def _regions(result: maps.Maps, say: Say) -> dict[str, NDArray[np.bool_]]:
     return regions
 
 
-def _basis_of(section: MapSection, pulses: PulseTrain) -> str | None:
+def basis_of_images(section: MapSection, pulses: PulseTrain) -> str | None:
     """Identity of the basis that images were made with, as far as anything tells."""
     if section.basis is None or section.basis_key is None:
         return files.recorded_basis(section.coefficients)
@@ -309,7 +309,7 @@ def _basis_of(section: MapSection, pulses: PulseTrain) -> str | None:
     ).digest
 
 
-def _statistics(result: maps.Maps, inside: NDArray[np.bool_]) -> dict[str, Any]:
+def region_statistics(result: maps.Maps, inside: NDArray[np.bool_]) -> dict[str, Any]:
     """Median and quartiles of each map over a region, SI units."""
     statistics: dict[str, Any] = {"voxels": int(inside.sum())}
     for name in result.names:

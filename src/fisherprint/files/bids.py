@@ -17,9 +17,10 @@ from fisherprint._storage import UnreadableFileError
 from fisherprint.files.records import OutputExistsError, read_json, write_json, write_text
 
 BIDS_VERSION = "1.11.0"
-ESTIMATE, ERROR, STATUS = "estimate", "standard deviation", "status"
-"""What a map shows, as its sidecar says under `Kind`."""
+# What a map shows, as its sidecar says under `Kind`.
+_ESTIMATE, _ERROR = "estimate", "standard deviation"
 
+_REFERENCE = "https://doi.org/10.1002/mrm.29206"
 # Suffix, description and unit of what has an official suffix, by parameter.
 _OFFICIAL = {
     "T1": ("T1map", "", "s"),
@@ -27,7 +28,7 @@ _OFFICIAL = {
     "T1s": ("T1map", "semisolid", "s"),
     "T2": ("T2map", "", "s"),
     "T2f": ("T2map", "", "s"),
-    "M0": ("M0map", "", "arbitrary"),
+    "M0": ("M0map", "", ""),
     "B1": ("TB1map", "", ""),
 }
 _FIELD_MAPS = ("TB1map",)
@@ -105,8 +106,7 @@ def write_bids(
     T1 (of the pools apart: `desc-free`, `desc-semisolid`), T2, |M0| and B1 have official
     suffixes. All else has suffixes of ours, which `.bidsignore` lists: the parameter's name and
     `map`, such as `m0smap`, `Rxmap` or `T2smap`. A standard deviation has the suffix of its
-    parameter and `desc-std`. The status is a segmentation with a table of its codes,
-    `desc-status_dseg`.
+    parameter and `desc-std`. `_` in a name of ours is left out.
 
     Args:
         maps: folder that `write_maps` wrote.
@@ -142,11 +142,10 @@ def write_bids(
     for image, target in zip(images, targets, strict=True):
         with _storage.replacing(target) as temporary:
             temporary.write_bytes(image.source.read_bytes())
-        beside = target.with_name(target.name.removesuffix(".nii.gz"))
-        write_json(f"{beside}.json", _sidecar(image.about, sources))
-        if image.about["Kind"] == STATUS:
-            codes = image.about["Codes"].items()
-            write_text(f"{beside}.tsv", "index\tname\n" + "".join(f"{c}\t{n}\n" for c, n in codes))
+        write_json(
+            target.with_name(target.name.removesuffix(".nii.gz") + ".json"),
+            _sidecar(image, sources),
+        )
     return targets
 
 
@@ -157,7 +156,7 @@ def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
         image = sidecar.with_suffix(".nii.gz")
         if image.exists() and "Parameter" in (about := read_json(sidecar)):
             # Early versions wrote estimates alone.
-            found.append((image, {"Kind": ESTIMATE} | about))
+            found.append((image, {"Kind": _ESTIMATE} | about))
     if not found:
         raise UnreadableFileError(
             f"expected a folder of maps with their sidecars; {folder} holds none. "
@@ -168,13 +167,12 @@ def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _planned(source: Path, about: Mapping[str, Any]) -> _Image:
     """Where an image belongs."""
-    if about["Kind"] == STATUS:
-        return _Image(source, about, "anat", "desc-status_dseg", official=True)
     name = about["Parameter"]
-    error = "std" if about["Kind"] == ERROR else ""
+    error = "std" if about["Kind"] == _ERROR else ""
     if name not in _OFFICIAL:
         described = f"desc-{error}_" if error else ""
-        return _Image(source, about, "anat", f"{described}{name}map", official=False)
+        plain = name.replace("_", "")
+        return _Image(source, about, "anat", f"{described}{plain}map", official=False)
     suffix, description, unit = _OFFICIAL[name]
     if about["Unit"] != unit:
         raise ValueError(
@@ -218,17 +216,14 @@ def _ignore(root: Path, patterns: Sequence[str]) -> None:
         write_text(path, "\n".join([*lines, *missing, ""]))
 
 
-def _sidecar(about: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
+def _sidecar(image: _Image, sources: Sequence[str]) -> dict[str, Any]:
     """BIDS' own fields first, then all that the map's sidecar says."""
-    own = about.get("Source")
+    about, own = image.about, image.about.get("Source")
     fields = {
-        "Description": about.get("Description", f"{about['Parameter']}, {about['Kind']}"),
-        "Units": about["Unit"] or "1",
-        "EstimationAlgorithm": about.get("EstimationAlgorithm"),
-        "EstimationReference": about.get("EstimationReference"),
+        "Description": f"{about['Parameter']}, {about['Kind']}",
+        "Units": about["Unit"] or ("arbitrary" if image.official else "1"),
+        "EstimationAlgorithm": about.get("Provenance", {}).get("estimator", "neural network"),
+        "EstimationReference": _REFERENCE,
         "Sources": list(sources) or ([own] if own else []),
     }
-    if about["Kind"] == STATUS:
-        del fields["Units"]
-    known = {key: value for key, value in fields.items() if value not in (None, [])}
-    return known | {"Fisherprint": dict(about)}
+    return fields | {"Fisherprint": dict(about)}

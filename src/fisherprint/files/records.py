@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import safetensors.torch
 import tomli_w
 import torch
+from numpy.typing import NDArray
 
 from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
@@ -279,6 +281,22 @@ def read_shard(path: str | Path) -> Finished:
         attributes = file.attrs
         shard = Shard(str(attributes["split"]), int(attributes["number"]), int(attributes["size"]))
         return Finished(shard, reduced, float(attributes["energy"]))
+
+
+def write_arrays(path: str | Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Write named arrays as HDF5, for `read_arrays`."""
+    with _storage.new_hdf5(Path(path)) as file:
+        for name, array in arrays.items():
+            file[name] = array
+
+
+def read_arrays(path: str | Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+    """Named arrays of an HDF5 file.
+
+    Raises:
+        UnreadableFileError: no such file, truncated, foreign, or without one of them.
+    """
+    return _storage.read_arrays(Path(path), names)
 
 
 def write_basis(path: str | Path, basis: Basis) -> None:

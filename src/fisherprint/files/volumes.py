@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel
 import numpy as np
@@ -28,6 +28,9 @@ from fisherprint.subspace import Basis
 _NIFTI = (".nii", ".nii.gz")
 _BART = (".cfl", ".hdr")
 _KEYED = (".mat", ".h5", ".hdf5")
+
+Kind = Literal["estimate", "standard deviation"]
+"""What a map shows, as its sidecar says."""
 
 # BART's axes 0, 1, 2 are space and 6 holds the coefficients of a subspace.
 _BART_AXES = ("READ", "PHS1", "PHS2", "COIL", "MAPS", "TE", "COEFF", "COEFF2")
@@ -282,8 +285,11 @@ def write_maps(
     volume: Volume,
     parameters: Sequence[Parameter],
     provenance: Mapping[str, Any],
+    kind: Kind = "estimate",
 ) -> list[Path]:
     """Write each parameter as `<name>.nii.gz` (float32, SI units) and `<name>.json`.
+
+    Standard deviations have the names `<name>_std`.
 
     The images have the volume's affine with its sform and qform codes, and NaN where there is no
     estimate. The sidecar says the unit, the range, how many voxels there are and how many failed,
@@ -295,6 +301,7 @@ def write_maps(
         volume: the coefficient images that were mapped.
         parameters: descriptions of at least the maps' parameters.
         provenance: anything JSON can hold: versions, digests of the network and its data.
+        kind: what the maps show of their parameters.
 
     Returns:
         The images' paths, in the order of the maps.
@@ -310,10 +317,12 @@ def write_maps(
         _checks.index(name, tuple(known))
     paths = []
     for name in maps.names:
-        path = Path(folder) / f"{name}.nii.gz"
+        stem = f"{name}_std" if kind == "standard deviation" else name
+        path = Path(folder) / f"{stem}.nii.gz"
         with _storage.replacing(path) as temporary:
             nibabel.save(_as_nifti(maps[name], volume), temporary)
-        write_json(Path(folder) / f"{name}.json", _sidecar(maps, known[name], volume, provenance))
+        sidecar = {"Kind": kind, **_sidecar(maps, known[name], volume, provenance)}
+        write_json(Path(folder) / f"{stem}.json", sidecar)
         paths.append(path)
     return paths
 

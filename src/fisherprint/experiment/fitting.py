@@ -1,0 +1,405 @@
+"""A whole volume by non-linear least squares: in chunks, on any executor, kept when killed."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherprint import _storage, _threads, files, fit, maps, simulate, train
+from fisherprint.experiment import mapping
+from fisherprint.experiment.folder import (
+    Progress,
+    Run,
+    Say,
+    open_run,
+    read_data,
+    region_file,
+    versions,
+)
+from fisherprint.experiment.schema import ExperimentError, MapSection
+from fisherprint.models.protocol import SignalModel
+from fisherprint.network import as_estimator
+from fisherprint.parameters import Parameter, Prior, paper_prior
+from fisherprint.sequence import PulseTrain
+from fisherprint.simulate import DataSet
+from fisherprint.subspace import Basis
+
+CHUNK = 1024
+"""Voxels of a chunk; the last one has fewer."""
+
+# Fingerprints of the data set among which a start is looked for.
+_ENTRIES = 16384
+# Starts in each voxel where there is no network.
+_STARTS = 4
+# Tasks submitted before their turn: a chunk is a fraction of a megabyte.
+_AHEAD = 64
+_ARRAYS = ("theta", "std", "m0", "residual", "iterations", "reason")
+# What is mapped beside the parameters and their standard deviations.
+_BESIDE = (
+    Parameter("M0", r"$|M_0|$", "", (0.0, np.inf)),
+    Parameter("M0_phase", r"$\arg M_0$", "rad", (-np.pi, np.pi), "rad"),
+    Parameter("residual", "relative residual", "", (0.0, 1.0)),
+    Parameter("iterations", "iterations", "", (0.0, np.inf)),
+    Parameter("reason", "reason of the end", "", (0.0, float(max(fit.Reason)))),
+)
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """What is known of the voxels in the mask.
+
+    Attributes:
+        x: coefficients, shape (V, K).
+        known: maps of known parameters by name, shape (V,) each.
+        start: earlier estimates by name, shape (V,) each, NaN where there are none.
+    """
+
+    x: NDArray[np.complex64]
+    known: Mapping[str, NDArray[np.float64]]
+    start: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        names = np.array([*self.known, *self.start], dtype=np.str_)
+        return _storage.digest(self.x, names, *self.known.values(), *self.start.values())
+
+
+def fit_run(
+    run: Run,
+    section: MapSection,
+    out: Path,
+    *,
+    known: Mapping[str, float | Path] | None = None,
+    start: int | Path | None = None,
+    overwrite: bool = False,
+    executor: Executor | None = None,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """Fit each voxel of coefficient images; chunks that an earlier call has finished are kept.
+
+    Args:
+        run: its data set says train, model, basis and prior, which bounds the parameters.
+        section: the images, their mask, and σ if it is known; else it comes from the residual.
+        out: folder for the maps: of each parameter, of its standard deviation (`<name>_std`), of
+            M0, the relative residual, the iterations and the `fit.Reason` of the end; and
+            `summary.json`.
+        known: parameters that are not fitted: one value, or the file of a map, in SI units.
+        start: a number of starts in each voxel, the fingerprints of the data set that are most
+            like it; or a folder of maps, or a run with a network, whose estimates replace those
+            of the most similar fingerprint. If None, the network of the run, or 4 starts without.
+        overwrite: replace maps that are there.
+        executor: who computes; threads on all cores of this process if None.
+        say: told what is assumed and found.
+        progress: told how many voxels are done.
+
+    Raises:
+        OutputExistsError: `out` already holds maps.
+        ExperimentError: there is no data set, no network to start from, or no estimate in the
+            folder to start from.
+        BasisMismatchError: the images, or the network to start from, have another basis.
+        ValueError: images, mask, known parameters or starts that do not fit.
+    """
+    if (out / "summary.json").exists() and not overwrite:
+        raise files.OutputExistsError(
+            f"{out} already holds maps. Choose another folder, or replace them with --overwrite."
+        )
+    data, pulses, model = read_data(run)
+    volume, mask, basis_of_images = _images(section, data, pulses, say)
+    voxels = _voxels(run, volume, mask, model, section, data.basis, known or {}, start)
+    values = {n: v for n, v in (known or {}).items() if not isinstance(v, Path)}
+    n_starts = start if isinstance(start, int) else 1 if voxels.start else _STARTS
+    if n_starts < 1:
+        raise ValueError(
+            f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
+        )
+    estimator = fit.LeastSquares(
+        model,
+        data.basis,
+        start=np.zeros(len(model.names)),
+        known=values,
+        inputs=tuple(voxels.known),
+        bounds=_bounds(_prior(run, model, pulses), model),
+    )
+    content = (
+        *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
+        *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
+        *(n_starts, section.noise_std, voxels.digest, CHUNK, versions()),
+    )
+    identity = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    folder = out / "chunks" / identity
+    n_chunks = -(-len(voxels.x) // CHUNK)
+    missing = [number for number in range(n_chunks) if not _is_kept(folder, number)]
+    kept = n_chunks - len(missing)
+    size = len(voxels.x)
+    say(f"{size} voxels in {n_chunks} chunks" + f", of which {kept} are done" * (kept > 0))
+    done = size - sum(min(CHUNK, size - number * CHUNK) for number in missing)
+    task = functools.partial(_fitted, estimator, section.noise_std)
+    with simulate.workers(executor) as pool:
+        tasks = _tasks(voxels, missing, _dictionary(data), n_starts)
+        for (number, *_), arrays in simulate.apply(pool, task, tasks, ahead=_AHEAD, ordered=False):
+            files.write_arrays(_file(folder, number), arrays)
+            done += len(arrays["theta"])
+            progress("voxels", done, size)
+    chunks = [files.read_arrays(_file(folder, n), _ARRAYS) for n in range(n_chunks)]
+    found = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _ARRAYS}
+    provenance = {
+        "fisherprint": versions()["fisherprint"],
+        "estimator": "non-linear least squares",
+        "dataset_sha256": files.file_digest(run.dataset),
+        "basis_sha256": data.basis.digest,
+        "basis_of_images_sha256": basis_of_images,
+        "known": {name: values.get(name, "map") for name in (*values, *voxels.known)},
+        "reasons": {str(reason.value): reason.name.lower() for reason in fit.Reason},
+    }
+    _write(out, volume, mask, model, estimator, found, provenance, say)
+    shutil.rmtree(out / "chunks")
+
+
+def _images(
+    section: MapSection, data: DataSet, pulses: PulseTrain, say: Say
+) -> tuple[files.Volume, NDArray[np.bool_], str | None]:
+    """Images in the run's basis, their mask, and the identity of their basis if it is known."""
+    volume = files.read_coefficients(
+        section.coefficients,
+        key=section.key,
+        mask_key=section.mask_key if section.mask is None else None,
+        rank=data.basis.rank,
+    )
+    recorded = mapping.basis_of_images(section, pulses)
+    if recorded is None:
+        say("the images do not say which basis they were made with; only the rank was checked")
+    elif recorded != data.basis.digest:
+        raise mapping.BasisMismatchError(
+            f"expected coefficients in the data set's basis {data.basis.digest[:12]}...; "
+            f"{section.coefficients} was made with {recorded[:12]}.... Reconstruct it with the "
+            "basis of this run."
+        )
+    mask = volume.mask
+    if section.mask is not None:
+        mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
+    return volume, maps.automatic_mask(volume.data) if mask is None else mask, recorded
+
+
+def _voxels(
+    run: Run,
+    volume: files.Volume,
+    mask: NDArray[np.bool_],
+    model: SignalModel,
+    section: MapSection,
+    basis: Basis,
+    known: Mapping[str, float | Path],
+    start: int | Path | None,
+) -> Voxels:
+    """The voxels of the mask, with known maps and with what there is to start from."""
+    for name in known:
+        model.index(name)
+    x = volume.data[mask]
+    fixed = {
+        name: files.read_map(value, mask.shape, name=name)[mask]
+        for name, value in known.items()
+        if isinstance(value, Path)
+    }
+    estimates: dict[str, NDArray[np.float64]] = {}
+    if isinstance(start, Path) and not (start / "experiment.toml").exists():
+        names = [name for name in model.names if (start / f"{name}.nii.gz").exists()]
+        if not names:
+            raise ExperimentError(
+                f"expected maps of {', '.join(model.names)} to start from in {start}; there is "
+                "none. Map the images first, or give a number of starts."
+            )
+        read = files.read_maps(start, names).maps.values
+        _require_same_space(read.shape[:3], mask.shape, start)
+        estimates = {name: read[..., e][mask] for e, name in enumerate(names)}
+    elif isinstance(start, Path):
+        estimates = _network_estimates(open_run(start), x, section, basis)
+    elif start is None and (run.network / "card.json").exists():
+        estimates = _network_estimates(run, x, section, basis)
+    return Voxels(x, fixed, estimates)
+
+
+def _network_estimates(
+    run: Run, x: NDArray[np.complex64], section: MapSection, basis: Basis
+) -> dict[str, NDArray[np.float64]]:
+    """What a run's network makes of the voxels."""
+    network, card = mapping.load_network(run)
+    if card["basis_sha256"] != basis.digest:
+        raise mapping.BasisMismatchError(
+            f"expected a network of the basis {basis.digest[:12]}... to start from; "
+            f"{run.network} has {card['basis_sha256'][:12]}.... Start from its maps, or from a "
+            "number of fingerprints."
+        )
+    config = train.TrainingConfig.model_validate(card["config"])
+    if config.snr_input and section.noise_std is None:
+        raise ExperimentError(
+            f"expected the noise_std of the images, which {run.network} takes beside them; got "
+            "none. Measure it in a region without signal, or give a number of starts."
+        )
+    given: NDArray[np.complexfloating] = x
+    if section.noise_std is not None and config.snr_input:
+        extra = train.extra_inputs(config, x, np.empty(0), noise_std=section.noise_std)
+        given = np.concatenate([x, extra], axis=-1)
+    names = tuple(card["estimated"])
+    found = maps.estimate_maps(
+        given, as_estimator(network), names, mask=np.ones(len(x), dtype=np.bool_)
+    )
+    return {name: found[name] for name in names}
+
+
+def _require_same_space(shape: tuple[int, ...], expected: tuple[int, ...], folder: Path) -> None:
+    if shape != expected:
+        raise ValueError(
+            f"expected maps of the shape {expected} in {folder}, as the images have; got {shape}. "
+            "Start from maps of the same images."
+        )
+
+
+def _prior(run: Run, model: SignalModel, pulses: PulseTrain) -> Prior:
+    default = paper_prior(model.names, repetition_time=pulses.repetition_time)
+    return Prior({**default.distributions, **run.experiment.prior}, default.ordered)
+
+
+def _bounds(prior: Prior, model: SignalModel) -> dict[str, tuple[float, float]]:
+    """Where the prior allows each parameter, within the model's bounds."""
+    return {
+        parameter.name: (
+            max(parameter.bounds[0], prior.distributions[parameter.name].low),
+            min(parameter.bounds[1], prior.distributions[parameter.name].high),
+        )
+        for parameter in model.parameters
+    }
+
+
+def _dictionary(data: DataSet) -> fit.Dictionary:
+    """Fingerprints of the data set, to start from the most similar ones."""
+    some = data.samples["training"]
+    return fit.Dictionary(data.names, some.theta[:_ENTRIES], some.coefficients[:_ENTRIES])
+
+
+def _tasks(
+    voxels: Voxels, numbers: list[int], entries: fit.Dictionary, n_starts: int
+) -> Iterator[tuple[int, NDArray[np.complex128], NDArray[np.float64]]]:
+    """Number, coefficients with known parameters behind them, and starts of some chunks."""
+    for number in numbers:
+        part = slice(number * CHUNK, (number + 1) * CHUNK)
+        x = voxels.x[part]
+        given = np.column_stack([x, *(values[part] for values in voxels.known.values())])
+        with _threads.one_thread():
+            starts = entries.nearest(x, n_starts)
+        for name, values in voxels.start.items():
+            column = starts[..., entries.names.index(name)]
+            np.copyto(column, values[part, None], where=np.isfinite(values[part, None]))
+        yield number, given.astype(np.complex128), starts
+
+
+def _fitted(
+    estimator: fit.LeastSquares,
+    noise_std: float | None,
+    task: tuple[int, NDArray[np.complex128], NDArray[np.float64]],
+) -> Arrays:
+    """The fit of one chunk, by one worker with one thread."""
+    _, given, starts = task
+    with _threads.one_thread():
+        found = estimator.fit(given, start=starts, noise_std=noise_std)
+    return {name: getattr(found, name) for name in _ARRAYS}
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"chunk-{number:06d}.h5"
+
+
+def _is_kept(folder: Path, number: int) -> bool:
+    """Whether a chunk is there and whole."""
+    try:
+        files.read_arrays(_file(folder, number), _ARRAYS)
+    except files.UnreadableFileError:
+        return False
+    return True
+
+
+def _write(
+    out: Path,
+    volume: files.Volume,
+    mask: NDArray[np.bool_],
+    model: SignalModel,
+    estimator: fit.LeastSquares,
+    found: Arrays,
+    provenance: Mapping[str, Any],
+    say: Say,
+) -> None:
+    """Maps, regions and the summary."""
+    described = [model.parameters[model.index(name)] for name in estimator.estimated or ()]
+    columns = [model.index(parameter.name) for parameter in described]
+    failed = int((found["reason"] > fit.Reason.ITERATIONS).sum())
+
+    def write(
+        parameters: list[Parameter], values: NDArray[np.float64], **options: Any
+    ) -> maps.Maps:
+        placed = np.full((*mask.shape, len(parameters)), np.nan)
+        placed[mask] = values
+        result = maps.Maps(tuple(p.name for p in parameters), placed, mask, failed)
+        files.write_maps(
+            result,
+            out,
+            volume=volume,
+            parameters=parameters,
+            provenance=provenance,
+            **options,
+        )
+        return result
+
+    result = write(described, found["theta"][:, columns])
+    write(described, found["std"][:, columns], kind="standard deviation")
+    norm = np.linalg.norm(volume.data[mask], axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = found["residual"] / norm
+    beside = (
+        *(np.abs(found["m0"]), np.angle(found["m0"]), relative),
+        *(found["iterations"], found["reason"]),
+    )
+    write(list(_BESIDE), np.column_stack(beside))
+
+    regions = mapping.regions_of(result, say)
+    for name in mapping.REGIONS:
+        path = out / region_file(name)
+        path.unlink(missing_ok=True)  # of earlier maps
+        if name in regions:
+            files.write_mask(path, regions[name], volume=volume)
+    regions = {"all": mask} | regions
+    statistics = {
+        name: mapping.region_statistics(result, inside) for name, inside in regions.items()
+    }
+    ends = Counter(fit.Reason(int(code)).name.lower() for code in found["reason"])
+    files.write_json(
+        out / "summary.json",
+        {
+            "regions": statistics,
+            "failed_voxels": failed,
+            "reasons": dict(ends),
+            "provenance": provenance,
+        },
+    )
+    not_converged = ends[fit.Reason.ITERATIONS.name.lower()]
+    say(f"{len(norm)} voxels fitted, {failed} failed, {not_converged} did not converge")
+    for region, numbers in statistics.items():
+        for parameter in described:
+            quartiles = [numbers[parameter.name][key] for key in mapping.QUARTILES]
+            if None not in quartiles:
+                low, median, high = (parameter.display_factor * value for value in quartiles)
+                say(
+                    f"{region}: {parameter.name} {median:.4g} [{low:.4g}, {high:.4g}] "
+                    f"{parameter.display_unit}"
+                )

@@ -1,0 +1,606 @@
+"""Non-linear least squares: against scipy, closed forms, the bound, and other ways to the same."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+import fisherprint as fp
+from fisherprint import evaluate, fisher, maps, sequence
+from fisherprint.fit import LeastSquares, Reason, least_squares
+from fisherprint.fit.least_squares import projected
+from fisherprint.fit.minimize import Local, minimize
+from fisherprint.models import Fingerprints
+from fisherprint.models.protocol import Named
+
+
+class Recovery(Named):
+    """The inversion recovery of examples/inversion_recovery.py, by hand."""
+
+    parameters = (
+        fp.Parameter("T1", "$T_1$", "s", (0.05, 10.0), "s"),
+        fp.Parameter("efficiency", "inversion efficiency", "", (0.0, 1.0)),
+    )
+    times = np.geomspace(0.03, 5, 16)
+    n_samples = 16
+
+    def simulate(self, theta):
+        theta = np.asarray(theta)
+        t1, efficiency = theta.T[..., None]
+        decay = np.exp(-self.times / t1)
+        slopes = [-(1 + efficiency) * decay * self.times / t1**2, -decay]
+        return Fingerprints(theta, self.signal(theta), np.stack(slopes, axis=-1) + 0j)
+
+    def signal(self, theta):
+        t1, efficiency = np.asarray(theta).T[..., None]
+        return 1 - (1 + efficiency) * np.exp(-self.times / t1) + 0j
+
+
+def noise(shape, rng):
+    return rng.standard_normal((*shape, 2)).view(np.complex128)[..., 0]
+
+
+@pytest.fixture(scope="module")
+def inversion():
+    """Model, basis of 5 coefficients, and 40 parameter sets."""
+    model = Recovery()
+    rng = np.random.default_rng(0)
+    theta = np.column_stack([rng.uniform(0.5, 2.5, 40), rng.uniform(0.8, 0.97, 40)])
+    return model, fp.subspace.fit(model.signal(theta), rank=5), theta
+
+
+@pytest.fixture(scope="module")
+def two_pool(short_train):
+    """Model, basis of 13 coefficients, and 32 parameter sets of a short train."""
+    model = fp.TwoPool(short_train)
+    rng = np.random.default_rng(1)
+    low = [0.05, 0.8, 0.04, 20.0, 9e-6, -300.0, 0.8]
+    high = [0.25, 2.0, 0.12, 60.0, 15e-6, 300.0, 1.1]
+    theta = rng.uniform(low, high, (32, 7))
+    basis = fp.subspace.fit(model.simulate(theta), rank=13, method="crb-svd")
+    return model, basis, theta
+
+
+# Bounds that the 4.65 rad of the linearized rate and the table of rates allow.
+BOUNDS = {
+    "m0s": (0.0, 0.6),
+    "T1": (0.1, 10.0),
+    "T2f": (2e-3, 10.0),
+    "Rx": (0.0, 200.0),
+    "T2s": (6e-6, 20e-6),
+    "B1": (0.3, 1.4),
+}
+
+
+def coefficients(model, basis, theta):
+    out = model.simulate(theta)
+    return basis.compress(out.signal), basis.compress(out.jacobian)
+
+
+def root_bound(model, basis, theta, std):
+    """√CRB for |M0| = 1, complex M0 unknown."""
+    return np.sqrt(fp.crb(*coefficients(model, basis, theta), noise_std=std))
+
+
+# The minimizer on functions whose minima are published (Moré, Garbow, Hillstrom 1981).
+
+
+def rosenbrock(x):
+    r = np.stack([10 * (x[:, 1] - x[:, 0] ** 2), 1 - x[:, 0]], axis=1)
+    J = np.zeros((len(x), 2, 2))
+    J[:, 0, 0], J[:, 0, 1], J[:, 1, 0] = -20 * x[:, 0], 10, -1
+    return r, J
+
+
+def brown_and_dennis(x):
+    t = np.arange(1, 21) / 5
+    a = x[:, :1] + t * x[:, 1:2] - np.exp(t)
+    b = x[:, 2:3] + np.sin(t) * x[:, 3:] - np.cos(t)
+    J = np.stack([2 * a, 2 * a * t, 2 * b, 2 * b * np.sin(t)], axis=-1)
+    return a**2 + b**2, J
+
+
+def search(function, start, low=-np.inf, high=np.inf, iterations=200):
+    start = np.atleast_2d(np.asarray(start, dtype=float))
+
+    def evaluate(x, which):
+        assert ((x >= low) & (x <= high)).all()
+        r, J = function(x)
+        return Local((r**2).sum(1) / 2, (J.mT @ r[..., None])[..., 0], J.mT @ J)
+
+    limits = (np.broadcast_to(limit, start.shape).astype(float) for limit in (low, high))
+    return minimize(evaluate, start, *limits, degrees=1, floor=1e-9, iterations=iterations)
+
+
+def test_a_curved_valley_is_followed_to_its_end():
+    # Many at once, each from its own place, some from the minimum itself.
+    starts = np.r_[[[-1.2, 1.0], [1.0, 1.0]], np.random.default_rng(0).uniform(-3, 3, (30, 2))]
+    found = search(rosenbrock, starts)
+    # Zero residual: the last steps converge quadratically.
+    np.testing.assert_allclose(found.point, 1, atol=1e-8)
+    # No residual is left: the end may be one of rounding.
+    assert (found.reason <= Reason.COST).all()
+    assert (found.iterations[1], found.reason[1]) == (0, Reason.GRADIENT)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        ((-5.0, -5.0), (0.5, 5.0), (0.5, 0.25)),
+        # With x₂ held at 2, 100 (2 - x²)² + (1 - x)² is least where 200 x (x² - 2) = 1 - x.
+        ((-5.0, 2.0), (5.0, 5.0), (np.roots([200, 0, -399, -1])[0], 2.0)),
+        ((2.0, -5.0), (5.0, 3.0), (2.0, 3.0)),
+    ],
+)
+def test_a_minimum_at_bounds(low, high, expected):
+    found = search(rosenbrock, np.clip([[0.3, 2.5], [4.0, -3.0]], low, high), low, high)
+    # Both of them, whatever bounds they met on the way.
+    np.testing.assert_allclose(found.point, [expected, expected], atol=1e-6)
+    assert (found.reason <= Reason.COST).all()
+
+
+def test_a_large_residual_needs_its_curvature():
+    """Gauss-Newton converges slowly where the residual is large; the secant term mends that."""
+    found = search(brown_and_dennis, [25.0, 5.0, -5.0, -1.0])
+    # Published with 6 digits.
+    assert 2 * found.local.cost[0] == pytest.approx(85822.2, rel=1e-6)
+    assert found.reason[0] == Reason.GRADIENT
+    # lmder of MINPACK, without the term, takes several hundred evaluations of it.
+    assert found.iterations[0] < 60
+
+
+def test_the_last_iteration_is_the_last():
+    found = search(rosenbrock, [-1.2, 1.0], iterations=3)
+    assert (found.iterations[0], found.reason[0]) == (3, Reason.ITERATIONS)
+    assert found.local.cost[0] < 24.2 / 2  # the start's
+
+
+# Variable projection.
+
+
+def test_slopes_of_the_projected_sum_are_differences(two_pool):
+    model, basis, theta = two_pool
+    rng = np.random.default_rng(2)
+    x = noise((1, 13), rng) + coefficients(model, basis, theta[:1])[0]
+    there = theta[1:2]
+    local = projected(x, *coefficients(model, basis, there))
+
+    def cost(θ):
+        c = basis.compress(model.signal(θ))[0]
+        r = x[0] - c * np.vdot(c, x[0]) / np.vdot(c, c)
+        return np.vdot(r, r).real / 2
+
+    assert local.cost[0] == pytest.approx(cost(there), rel=1e-12)
+    for p, size in enumerate(there[0]):
+        step = np.zeros((1, 7))
+        step[0, p] = 1e-4 * abs(size)
+        slope = (cost(there + step) - cost(there - step)) / (2 * step[0, p])
+        # Central differences err by the square of the step, and by rounding over the step.
+        assert local.gradient[0, p] == pytest.approx(slope, rel=1e-5), model.names[p]
+
+
+def test_its_curvature_is_the_information_with_complex_m0_unknown(two_pool):
+    model, basis, theta = two_pool
+    c, jacobian = coefficients(model, basis, theta)
+    m0 = 0.7 * np.exp(0.4j)
+    local = projected(m0 * c, c, jacobian)
+    information = fisher.information(m0 * c, m0 * jacobian, noise_std=1.0)
+    # By Schur's complement, the inverse of the whole without the rows of M0.
+    whole = np.linalg.inv(information)[:, :7, :7]
+    scale = np.sqrt(np.diagonal(whole, axis1=1, axis2=2))
+    units = scale[:, :, None] * scale[:, None, :]
+    # The inverse is as good as the equilibrated condition number allows.
+    np.testing.assert_allclose(np.linalg.inv(local.curvature) / units, whole / units, atol=1e-5)
+
+
+# The fit.
+
+
+def together(simulate, number):
+    """Each of some threads asks for one parameter set; they are simulated at once."""
+    turn, wanted, ready, left = threading.Condition(), {}, {}, [number]
+
+    def serve():
+        if wanted and len(wanted) == left[0]:
+            c, jacobian = simulate(np.array(list(wanted.values())))
+            ready.update({key: (c[i], jacobian[i]) for i, key in enumerate(wanted)})
+            wanted.clear()
+            turn.notify_all()
+
+    def ask(key, theta):
+        with turn:
+            wanted[key] = theta
+            serve()
+            turn.wait_for(lambda: key in ready)
+            return ready.pop(key)
+
+    def leave():
+        with turn:
+            left[0] -= 1
+            serve()
+
+    return ask, leave
+
+
+def by_scipy(model, basis, x, start, low, high):
+    """Each voxel by scipy's trust region with the exact Jacobian of Golub and Pereyra."""
+    ask, leave = together(lambda theta: coefficients(model, basis, theta), len(x))
+
+    def one(k):
+        kept = {}
+
+        def at(theta):
+            key = theta.tobytes()
+            if key not in kept:
+                kept.clear()
+                kept[key] = ask(k, theta)
+            c, jacobian = kept[key]
+            energy = np.vdot(c, c).real
+            m0 = np.vdot(c, x[k]) / energy
+            return c, jacobian, energy, m0, x[k] - m0 * c
+
+        def residual(theta):
+            r = at(theta)[-1]
+            return np.r_[r.real, r.imag]
+
+        def slopes(theta):
+            c, jacobian, energy, m0, r = at(theta)
+            along = np.outer(c, c.conj() @ jacobian / energy)
+            J = -m0 * (jacobian - along) - np.outer(c, jacobian.conj().T @ r) / energy
+            return np.concatenate([J.real, J.imag])
+
+        room = 1e-9 * np.where(np.isfinite(high - low), high - low, 1)
+        try:
+            return scipy.optimize.least_squares(
+                residual,
+                np.clip(start[k], low + room, high - room),
+                jac=slopes,
+                bounds=(low, high),
+                x_scale="jac",
+                ftol=1e-15,
+                xtol=1e-15,
+                gtol=1e-15,
+                max_nfev=500,
+            )
+        finally:
+            leave()
+
+    with ThreadPoolExecutor(len(x)) as pool:
+        return list(pool.map(one, range(len(x))))
+
+
+def compared(model, basis, theta, std, rng):
+    """Largest difference to scipy's estimates in √CRB, and ours less its cost, by voxel."""
+    root = root_bound(model, basis, theta, std)
+    x = coefficients(model, basis, theta)[0] * np.exp(2j * np.pi * rng.random((len(theta), 1)))
+    x += std * noise(x.shape, rng)
+    estimator = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS)
+    ours = estimator.fit(x, start=theta)
+    low, high = estimator._limits
+    theirs = by_scipy(model, basis, x, theta, low, high)
+    difference = np.abs(ours.theta - [found.x for found in theirs]) / root
+    # Scipy stays just inside of bounds; at m0s = 0 nothing tells Rx and T2s.
+    free = ours["m0s"] < 1e-9
+    difference[np.ix_(free, [model.index("Rx"), model.index("T2s")])] = 0
+    lower = ours.residual**2 / 2 - [found.cost for found in theirs]
+    return difference.max(axis=1), lower, ours
+
+
+@pytest.mark.paper("§2.8")
+def test_the_optimum_is_that_of_scipy(two_pool):
+    model, basis, theta = two_pool
+    # A short train tells little: without much noise the minimum is one.
+    difference, lower, ours = compared(model, basis, theta, 2e-5, np.random.default_rng(3))
+    assert ours.converged.all()
+    same = difference < 1e-4
+    assert same.mean() > 0.95
+    assert (lower[~same] < 0).all()
+
+
+@pytest.mark.slow
+def test_200_voxels_of_the_bundled_train_against_scipy():
+    """Of the whole prior, at a signal-to-noise ratio where there is mostly one minimum nearby.
+
+    How often there is another, and at which ratio: docs/decisions/032-local-minima.md.
+    """
+    train = sequence.bundled()
+    model = fp.TwoPool(train)
+    prior = fp.parameters.paper_prior(model.names, repetition_time=train.repetition_time)
+    rng = np.random.default_rng(4)
+    basis = fp.subspace.fit(
+        (model.simulate(prior.sample(128, rng=rng)) for _ in range(16)), rank=13, method="crb-svd"
+    )
+    difference, lower, _ = compared(model, basis, prior.sample(200, rng=rng), 5e-3, rng)
+    same = difference < 1e-4
+    assert same.mean() >= 0.97
+    assert (lower[~same] < 0).mean() >= 0.5
+
+
+def test_without_noise_the_truth_comes_back(two_pool):
+    model, basis, theta = two_pool
+    rng = np.random.default_rng(5)
+    m0 = noise((len(theta),), rng)
+    x = m0[:, None] * coefficients(model, basis, theta)[0]
+    estimator = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS)
+    found = estimator.fit(x, start=theta * rng.uniform(0.97, 1.03, theta.shape))
+    root = root_bound(model, basis, theta, 1e-6)
+    # The search stops within 2e-6 of the noise that is believed, 1e-6 of the norm.
+    assert (np.abs(found.theta - theta) < 1e-3 * root).all()
+    np.testing.assert_allclose(found.m0, m0, rtol=1e-6)
+    assert (found.residual < 1e-9 * np.linalg.norm(x, axis=1)).all()
+    assert found.converged.all()
+
+
+def test_where_noise_leaves_no_macromolecules_it_is_the_fit_without(two_pool):
+    """At the bound m0s = 0 the other parameters are those of a fit with m0s known to be 0."""
+    model, basis, theta = two_pool
+    theta = theta.copy()
+    theta[:, 0] = 0
+    rng = np.random.default_rng(6)
+    x = coefficients(model, basis, theta)[0]
+    x += 1e-5 * noise(x.shape, rng)
+    found = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS).fit(x, start=theta + 1e-9)
+    at_bound = found["m0s"] == 0
+    assert 8 < at_bound.sum() < 24  # half of them, for noise has no side
+    without = LeastSquares(model, basis, start=theta[0], known={"m0s": 0.0}, bounds=BOUNDS)
+    other = without.fit(x[at_bound], start=theta[at_bound])
+    seen = [model.index(name) for name in ("T1", "T2f", "B0", "B1")]
+    np.testing.assert_allclose(found.theta[at_bound][:, seen], other.theta[:, seen], rtol=1e-5)
+    assert np.isinf(found.std[at_bound][:, model.index("Rx")]).all()
+    assert np.isfinite(found.std[at_bound][:, seen]).all()
+
+
+def test_it_is_efficient_and_knows_its_error(inversion):
+    """Many noise realizations: no bias, the variance of the bound, errors as announced."""
+    model, basis, theta = inversion
+    n, std = 400, 0.01
+    theta = theta[:5]
+    x = coefficients(model, basis, theta)[0].repeat(n, axis=0)
+    x = x + std * noise(x.shape, np.random.default_rng(7))
+    found = LeastSquares(model, basis, start=[1.0, 0.9]).fit(x)
+    root = root_bound(model, basis, theta, std)
+    error = (found.theta.reshape(5, n, 2) - theta[:, None]) / root[:, None]
+    # Four standard errors of each; at this noise the model is linear to a few percent of √CRB.
+    assert np.abs(error.mean(axis=1)).max() < 4 / np.sqrt(n) + 0.05
+    assert np.abs(error.var(axis=1) - 1).max() < 4 * np.sqrt(2 / n)
+    # σ² of the residual has 2·5 - 2 - 2 = 6 degrees of freedom: its mean is unbiased, with a
+    # relative standard error of √(2/6/2000); the bend of the model costs some more.
+    assert np.mean(found.noise_std**2) / std**2 == pytest.approx(1, abs=4 * np.sqrt(2 / 6 / 2000))
+    given = LeastSquares(model, basis, start=[1.0, 0.9]).fit(x, noise_std=std)
+    assert np.median(given.std / root.repeat(n, axis=0)) == pytest.approx(1, abs=0.01)
+    np.testing.assert_array_equal(given.theta, found.theta)
+
+
+@pytest.mark.parametrize("known", [{}, {"B0": 100.0, "B1": 0.95}])
+def test_the_covariance_is_the_inverse_information(two_pool, white_matter, known):
+    model, basis, _ = two_pool
+    theta = white_matter[None]
+    m0, std = 2 - 1j, 1e-4
+    c, jacobian = coefficients(model, basis, theta)
+    x = m0 * c
+    estimator = LeastSquares(model, basis, start=white_matter, known=known, bounds=BOUNDS)
+    found = estimator.fit(x, noise_std=std)
+    free = [column for column, name in enumerate(model.names) if name not in known]
+    information = fisher.information(m0 * c, m0 * jacobian[..., free], noise_std=std)
+    inverse = np.linalg.inv(information)[0][: len(free), : len(free)]
+    units = np.outer(*[np.sqrt(np.diagonal(inverse))] * 2)
+    got = found.covariance[0][np.ix_(free, free)]
+    # As good as the equilibrated condition number allows.
+    np.testing.assert_allclose(got / units, inverse / units, atol=1e-5)
+    for name in known:
+        column = model.index(name)
+        assert not found.covariance[0][column].any() and not found.covariance[0][:, column].any()
+    assert estimator(x).shape == (1, len(free))
+
+
+def test_known_parameters_by_value_and_by_map(inversion):
+    """With the efficiency known T1 is the minimum along a line, voxel by voxel."""
+    model, basis, theta = inversion
+    rng = np.random.default_rng(8)
+    x = coefficients(model, basis, theta)[0]
+    x = x + 0.02 * noise(x.shape, rng)
+    efficiency = rng.uniform(0.8, 1.0, len(theta))
+
+    def expected(k, value):
+        def cost(t1):
+            c = basis.compress(model.signal([[t1, value]]))[0]
+            return np.linalg.norm(x[k] - c * np.vdot(c, x[k]) / np.vdot(c, c)) ** 2
+
+        return scipy.optimize.minimize_scalar(cost, bounds=(0.2, 6), options={"xatol": 1e-9}).x
+
+    by_map = LeastSquares(model, basis, start=[1.0, 0.5], inputs=["efficiency"])
+    got = by_map(np.column_stack([x, efficiency]))
+    assert got.shape == (40, 1)
+    some = slice(0, 6)
+    # A parabola cannot be told from its minimum closer than the root of the rounding.
+    np.testing.assert_allclose(
+        got[some, 0], [expected(k, efficiency[k]) for k in range(6)], rtol=1e-6
+    )
+    by_value = LeastSquares(model, basis, start=[1.0, 0.5], known={"efficiency": 0.9})
+    np.testing.assert_allclose(by_value(x[some])[:, 0], [expected(k, 0.9) for k in range(6)],
+                               rtol=1e-6)  # fmt: skip
+    np.testing.assert_array_equal(by_value.fit(x[some])["efficiency"], 0.9)
+
+
+class Beat(Named):
+    """exp(iωt): sums of squares over ω have many minima. It refuses ω between 4 and 5."""
+
+    parameters = (fp.Parameter("ω", "$ω$", "rad/s", (-20.0, 20.0)),)
+    times = np.linspace(0, 1, 24)
+
+    n_samples = 24
+
+    def simulate(self, theta):
+        signal = self.signal(theta)
+        return Fingerprints(np.asarray(theta), signal, (1j * self.times * signal)[..., None])
+
+    def signal(self, theta):
+        theta = np.asarray(theta)
+        if (np.abs(theta - 4.5) < 0.5).any():
+            raise ValueError("expected ω outside of [4, 5] rad/s.")
+        return np.exp(1j * theta * self.times)
+
+
+@pytest.fixture(scope="module")
+def beat():
+    model = Beat()
+    assert isinstance(model, fp.SignalModel)
+    omega = np.linspace(-16, 16, 60)
+    basis = fp.subspace.fit(model.signal(omega[np.abs(omega - 4.5) > 0.5][:, None]), rank=12)
+    return model, basis
+
+
+def test_of_several_starts_the_best_counts(beat):
+    model, basis = beat
+    truth = np.array([[-15.0], [0.0], [15.0]])
+    x = basis.compress(model.signal(truth))
+    starts = truth + 0.5
+    many = LeastSquares(model, basis, start=starts)(x)
+    np.testing.assert_allclose(many, truth, atol=1e-6)
+    for start in starts:
+        one = LeastSquares(model, basis, start=start)(x)
+        # Further than the first zero of the sinc, 2π, other minima are in the way.
+        assert (np.abs(one - truth) > 0.1).sum() >= 1
+    # The same by a function, and by what is given with the voxels.
+    by_voxel = np.broadcast_to(starts, (3, 3, 1))
+    function = LeastSquares(model, basis, start=lambda given: by_voxel[: len(given)])
+    np.testing.assert_array_equal(function(x), many)
+    given = LeastSquares(model, basis, start=starts[0]).fit(x, start=truth + 0.3)
+    np.testing.assert_allclose(given.theta, truth, atol=1e-6)
+
+
+def test_a_bad_voxel_fails_alone(beat):
+    model, basis = beat
+    truth = np.linspace(-15, 3, 12)[:, None]
+    x = basis.compress(model.signal(truth))
+    start = truth + 0.2
+    whole = LeastSquares(model, basis, start=start[0]).fit(x, start=start)
+    spoiled, starts = x.copy(), start.copy()
+    spoiled[1], spoiled[4, 3], starts[6], starts[9] = 0, np.nan, 4.4, np.nan
+    found = LeastSquares(model, basis, start=start[0]).fit(spoiled, start=starts)
+    expected = np.zeros(12)
+    expected[[1, 4]], expected[[6, 9]] = Reason.NO_SIGNAL, Reason.REFUSED
+    np.testing.assert_array_equal(found.reason, expected)
+    good = expected == 0
+    np.testing.assert_allclose(found.theta[good], whole.theta[good], atol=1e-12)
+    np.testing.assert_allclose(found.theta[good], truth[good], atol=1e-6)
+    for values in (found.theta, found.m0, found.residual, found.covariance, found.noise_std):
+        assert np.isnan(values[~good]).all() and np.isfinite(values[good]).all()
+    np.testing.assert_array_equal(found.converged, good)
+    # On its way a search may meet what the model refuses: it goes no further.
+    through = LeastSquares(model, basis, start=[3.9]).fit(basis.compress(model.signal([[5.5]])))
+    assert through.theta[0, 0] < 4 or through.theta[0, 0] > 5
+
+
+def test_a_volume_without_signal_is_no_error(beat):
+    found = LeastSquares(*beat, start=[0.0]).fit(np.zeros((3, 12), complex))
+    assert (found.reason == Reason.NO_SIGNAL).all()
+    assert LeastSquares(*beat, start=[0.0])(np.zeros((0, 12), complex)).shape == (0, 1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e20])
+def test_the_scale_of_the_coefficients_does_not_matter(inversion, scale):
+    model, basis, theta = inversion
+    x = coefficients(model, basis, theta)[0]
+    x = x + 0.02 * noise(x.shape, np.random.default_rng(9))
+    one, other = (LeastSquares(model, basis, start=[1.0, 0.9]).fit(s * x) for s in (1.0, scale))
+    np.testing.assert_allclose(other.theta, one.theta, rtol=1e-9)
+    np.testing.assert_allclose(other.std, one.std, rtol=1e-6)
+    np.testing.assert_allclose(other.m0, scale * one.m0, rtol=1e-9)
+    np.testing.assert_allclose(other.residual, scale * one.residual, rtol=1e-9)
+
+
+def test_cut_in_pieces_it_is_the_same(inversion, monkeypatch):
+    model, basis, theta = inversion
+    x = coefficients(model, basis, theta)[0]
+    x = x + 0.02 * noise(x.shape, np.random.default_rng(10))
+    whole = LeastSquares(model, basis, start=[1.0, 0.9]).fit(x)
+    monkeypatch.setattr(least_squares, "_VOXELS", 7)
+    monkeypatch.setattr(least_squares, "_BATCH_MULTIPLE", 3)
+    monkeypatch.setattr(least_squares, "_BATCH_BYTES", 1)
+    pieces = LeastSquares(model, basis, start=[1.0, 0.9]).fit(x)
+    # Batches round differently.
+    np.testing.assert_allclose(pieces.theta, whole.theta, rtol=1e-9)
+    monkeypatch.setattr(least_squares, "_ITERATIONS", 1)
+    short = LeastSquares(model, basis, start=[1.0, 0.9]).fit(x)
+    assert (short.reason == Reason.ITERATIONS).any() and not short.converged.all()
+    assert np.isfinite(short.theta).all()
+
+
+def test_it_is_an_estimator_for_audits_and_maps(inversion):
+    model, basis, theta = inversion
+
+    class Test:
+        names = ("efficiency", "T1")
+
+    truth = theta[:6, ::-1]
+    test = Test()
+    test.theta, test.coefficients = truth, coefficients(model, basis, theta[:6])[0]
+    test.crb = root_bound(model, basis, theta[:6], 1.0)[:, ::-1] ** 2
+    estimator = LeastSquares(model, basis, start=[1.0, 0.9], estimated=("efficiency", "T1"))
+    audit = evaluate.audit(estimator, test, snr=(100,), n_noise=100, rng=np.random.default_rng(11))
+    # 12 shares of relative standard error √(2/100): four of those of their mean.
+    assert audit.mean_shares().variance[0] == pytest.approx(1, abs=4 * np.sqrt(2 / 100 / 12))
+    volume = test.coefficients.reshape(2, 3, 5)
+    result = maps.estimate_maps(volume, estimator, estimator.estimated, mask=np.ones((2, 3), bool))
+    np.testing.assert_allclose(result["T1"], truth[:, 1].reshape(2, 3), rtol=1e-6)
+    assert result.n_failed == 0
+    again = pickle.loads(pickle.dumps(estimator))  # as to other processes
+    np.testing.assert_array_equal(again(volume), estimator(volume))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"known": {"T3": 1.0}}, KeyError, "known are T1, efficiency"),
+        ({"inputs": ["T3"]}, KeyError, "known are T1, efficiency"),
+        ({"bounds": {"T3": (0, 1)}}, KeyError, "known are T1, efficiency"),
+        ({"estimated": ["T3"]}, KeyError, "unknown parameter"),
+        ({"estimated": ["T1"], "known": {"T1": 1.0}}, KeyError, "known are efficiency"),
+        ({"known": {"T1": 20.0}}, ValueError, r"expected T1 in \[0.05, 10\]; got 20"),
+        ({"known": {"T1": 1.0}, "inputs": ["T1"]}, ValueError, "each known parameter once"),
+        ({"inputs": ["T1", "efficiency"]}, ValueError, "not all of T1, efficiency"),
+        ({"bounds": {"T1": (3, 1)}}, ValueError, r"got \[3, 1\]. Check their order"),
+        ({"bounds": {"T1": (0.01, 1)}}, ValueError, r"within the model's \[0.05, 10\]"),
+        ({"start": [1.0]}, ValueError, r"\(P=2\); got the shape \(1,\)"),
+        ({"start": np.ones((2, 2, 2))}, ValueError, "the start must have the axes"),
+        ({"basis": fp.Basis(np.eye(9, 3))}, ValueError, "model's 16 time points; got 9"),
+    ],
+)
+def test_what_cannot_be_is_refused(inversion, change, error, message):
+    model, basis, _ = inversion
+    arguments = {"basis": basis, "start": [1.0, 0.9]} | change
+    with pytest.raises(error, match=message):
+        LeastSquares(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"given": np.ones((3, 4), complex)}, r"\(V, K \+ n=5\); got the shape \(3, 4\)"),
+        ({"start": np.ones((2, 2))}, r"\(V=3, R, P=2\)"),
+        ({"noise_std": 0.0}, "positive noise_std; got 0"),
+        ({"noise_std": [1.0, np.nan, 1.0]}, "positive noise_std; got nan"),
+    ],
+)
+def test_what_does_not_fit_is_refused(inversion, arguments, message):
+    model, basis, _ = inversion
+    given = {"given": np.ones((3, 5), complex)} | arguments
+    with pytest.raises(ValueError, match=message):
+        LeastSquares(model, basis, start=[1.0, 0.9]).fit(**given)
+
+
+def test_too_few_coefficients_tell_no_noise(inversion):
+    """Two complex coefficients fit two parameters and M0 exactly: nothing is left for σ."""
+    model, basis, theta = inversion
+    two = fp.Basis(basis.vectors[:, :2])
+    estimator = LeastSquares(model, two, start=[1.0, 0.9], known={"efficiency": 0.9})
+    one = LeastSquares(model, two, start=[1.0, 0.9])
+    x = two.compress(model.signal(theta[:3]))
+    assert np.isnan(one.fit(x).std).all()
+    assert np.isfinite(estimator.fit(x).std).all()

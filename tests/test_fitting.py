@@ -1,0 +1,322 @@
+"""The stage `fit`: a volume in chunks, killed and resumed, against the fit of each voxel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import nibabel
+import numpy as np
+import pytest
+
+from fisherprint import cli, files, fit
+from fisherprint import experiment as stages
+from fisherprint.experiment import Run, fitting
+from fisherprint.sequence import PulseTrain
+
+RANK = 13
+EXPERIMENT = f"""\
+[sequence]
+path = "train.toml"
+
+[simulation]
+training = 512
+validation = 32
+test = 32
+rank = {RANK}
+basis_method = "crb-svd"
+
+[training]
+epochs = 1
+batch_size = 128
+warmup_steps = 1
+"""
+SHAPE = (6, 5, 2)
+STD = 2e-6
+B1 = 0.95
+
+
+def silent(*_: object) -> None:
+    """Takes what a stage says and keeps it to itself."""
+
+
+@pytest.fixture(scope="module")
+def run(short_train: PulseTrain, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A data set and a network that has learned nothing."""
+    folder = tmp_path_factory.mktemp("fit")
+    short_train.write(folder / "train.toml")
+    (folder / "experiment.toml").write_text(EXPERIMENT)
+    run = stages.start(stages.read(folder / "experiment.toml"), folder / "run")
+    stages.simulate_run(run, progress=silent)
+    stages.train_run(run, resume=False, say=silent, progress=silent)
+    return run
+
+
+@pytest.fixture(scope="module")
+def images(run: Run) -> Path:
+    """Noisy images in the run's basis with one bad voxel; beside them mask and true maps."""
+    data, _, model = stages.read_data(run)
+    rng = np.random.default_rng(1)
+    low = [0.1, 0.8, 0.04, 30.0, 10e-6, -200.0, B1]
+    theta = rng.uniform(low, [0.2, 1.6, 0.1, 60.0, 14e-6, 200.0, B1], (60, 7))
+    x = data.basis.compress(model.signal(theta))
+    x = 100 * (x + STD * (rng.standard_normal((*x.shape, 2)) @ [1, 1j]))
+    x[7] = 0
+    volume = files.Volume(x.reshape(*SHAPE, RANK).astype(np.complex64), np.diag([2.0, 2, 3, 1]))
+    folder = run.folder.parent
+    files.write_coefficients(folder / "x.nii.gz", volume, basis_sha256=data.basis.digest)
+    mask = np.ones(SHAPE, dtype=bool)
+    mask[0, 0] = False
+    files.write_mask(folder / "mask.nii.gz", mask, volume=volume)
+    truth = theta.reshape(*SHAPE, 7)
+    for name, values in zip(model.names, np.moveaxis(truth, -1, 0), strict=True):
+        image = nibabel.Nifti1Image(values, np.diag([2.0, 2, 3, 1]))
+        (folder / "truth").mkdir(exist_ok=True)
+        nibabel.save(image, folder / "truth" / f"{name}.nii.gz")
+    return folder / "x.nii.gz"
+
+
+def section(images: Path, **options: object) -> stages.MapSection:
+    return stages.MapSection(coefficients=images, mask=images.parent / "mask.nii.gz", **options)
+
+
+def fitted(run: Run, images: Path, out: Path, **options: object) -> dict[str, np.ndarray]:
+    """The maps that the stage writes."""
+    words = {"start": images.parent / "truth", "known": {"B1": B1}} | options
+    noise_std = words.pop("noise_std", None)
+    stages.fit_run(
+        run,
+        section(images, noise_std=noise_std),
+        out,
+        say=silent,
+        progress=silent,
+        **words,
+    )
+    return {
+        path.name[:-7]: np.asarray(nibabel.load(path).dataobj) for path in out.glob("*.nii.gz")
+    }
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def expected(run: Run, images: Path) -> fit.Fit:
+    """Each voxel by itself, without the stage."""
+    data, _, model = stages.read_data(run)
+    x = np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK)
+    folder = images.parent / "truth"
+    truth = np.column_stack(
+        [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
+    )
+    bounds = {
+        "m0s": (0.0, 0.6),
+        "T1": (0.1, 10.0),
+        "T2f": (2e-3, 10.0),
+        "Rx": (0.0, 200.0),
+        "T2s": (6e-6, 20e-6),
+        "B0": (-np.pi / 3.5e-3, np.pi / 3.5e-3),
+    }
+    estimator = fit.LeastSquares(
+        model, data.basis, start=truth[0], known={"B1": B1}, bounds=bounds
+    )
+    return estimator.fit(x, start=truth)
+
+
+def test_a_volume_is_the_fit_of_its_voxels(
+    run: Run, images: Path, expected: fit.Fit, tmp_path: Path
+) -> None:
+    found = fitted(run, images, tmp_path / "maps")
+    mask = np.asarray(nibabel.load(images.parent / "mask.nii.gz").dataobj) != 0
+    x = np.asarray(nibabel.load(images).dataobj)
+    columns = {name: expected.theta[:, p] for p, name in enumerate(expected.names)}
+    columns |= {f"{name}_std": expected.std[:, p] for p, name in enumerate(expected.names)}
+    columns |= {
+        "M0": np.abs(expected.m0),
+        "residual": expected.residual / np.maximum(np.linalg.norm(x, axis=-1).ravel(), 1e-30),
+        "reason": np.where(mask.ravel(), expected.reason, np.nan),
+    }
+    del columns["B1"], columns["B1_std"]
+    for name, values in columns.items():
+        values = np.where(mask, values.reshape(SHAPE), np.nan)
+        # Batches of other voxels round differently: far within the noise, where searches end.
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
+    assert set(found) == {*columns, "M0_phase", "iterations"} | (
+        {"white_matter", "csf"} & set(found)
+    )
+    assert found["reason"].ravel()[7] == fit.Reason.NO_SIGNAL
+    # Wherever there is signal: within five standard deviations of the truth.
+    error = found["T1"] - nibabel.load(images.parent / "truth" / "T1.nii.gz").get_fdata()
+    assert np.nanmax(np.abs(error / found["T1_std"])) < 5
+    summary = json.loads((tmp_path / "maps" / "summary.json").read_text())
+    assert summary["failed_voxels"] == 1
+    assert sum(summary["reasons"].values()) == mask.sum()
+    assert summary["reasons"]["no_signal"] == 1
+    assert summary["provenance"]["known"] == {"B1": B1}
+    assert summary["regions"]["all"]["T1"]["median"] == pytest.approx(np.nanmedian(found["T1"]))
+    assert not (tmp_path / "maps" / "chunks").exists()
+
+
+def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    by_value = fitted(run, images, tmp_path / "value", noise_std=100 * STD)
+    by_map = fitted(
+        run,
+        images,
+        tmp_path / "map",
+        known={"B1": images.parent / "truth" / "B1.nii.gz"},
+        noise_std=100 * STD,
+    )
+    np.testing.assert_allclose(by_map["T1"], by_value["T1"], rtol=1e-5)
+    free = fitted(run, images, tmp_path / "free", known={}, noise_std=100 * STD)
+    # One unknown more raises every bound; the estimates at which it is taken differ a little.
+    assert np.nanmedian(free["m0s_std"] / by_value["m0s_std"]) > 1
+    assert "B1" in free and "B1" not in by_map
+
+
+def test_starts_of_several_kinds(run: Run, images: Path, tmp_path: Path) -> None:
+    """From the network, another run's network, and the most similar fingerprints."""
+    from_truth = fitted(run, images, tmp_path / "truth")
+    few = fitted(run, images, tmp_path / "few", start=1)
+    many = fitted(run, images, tmp_path / "many", start=6)
+    by_network = fitted(run, images, tmp_path / "network", start=None)
+    by_run = fitted(run, images, tmp_path / "run", start=run.folder)
+    np.testing.assert_array_equal(by_run["T1"], by_network["T1"])
+    assert not np.array_equal(by_network["iterations"], few["iterations"])
+    good = np.isfinite(few["residual"])
+    # More starts never end higher, but for where the best one is rounded.
+    assert (many["residual"] <= few["residual"] * (1 + 1e-4))[good].all()
+    # Most of the minima from the truth are found again.
+    near = np.abs(many["T1"] - from_truth["T1"])[good] < 0.1 * from_truth["T1_std"][good]
+    assert near.mean() > 0.6
+
+
+def test_who_computes_does_not_matter(
+    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "CHUNK", 9)
+    fitted(run, images, tmp_path / "default")
+    with ThreadPoolExecutor(3) as pool:
+        fitted(run, images, tmp_path / "three", executor=pool)
+    assert contents(tmp_path / "default") == contents(tmp_path / "three")
+
+
+CHUNKED = """
+import sys
+from fisherprint import cli
+from fisherprint.experiment import fitting
+fitting.CHUNK = 8
+sys.argv[0] = "fisherprint"
+cli.main()
+"""
+
+
+def words(run: Run, images: Path, out: Path) -> list[str]:
+    truth, mask = images.parent / "truth", images.parent / "mask.nii.gz"
+    return [
+        *("fit", str(images), "--run", str(run.folder), "-o", str(out), "--workers", "1"),
+        *("--mask", str(mask), "--known", f"B1={truth / 'B1.nii.gz'}", "--start", str(truth)),
+    ]
+
+
+def test_killed_and_repeated_it_is_the_same(
+    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "CHUNK", 8)
+    known: dict[str, float | Path] = {"B1": images.parent / "truth" / "B1.nii.gz"}
+    fitted(run, images, tmp_path / "undisturbed", known=known)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-c", CHUNKED, *words(run, images, out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("chunks/*/chunk-*.h5"))) < 3:
+        assert process.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "summary.json").exists()
+    kept = sorted(out.glob("chunks/*/chunk-*.h5"))
+    # One of them is damaged since.
+    kept[0].write_bytes(kept[0].read_bytes()[:-50])
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert f"58 voxels in 8 chunks, of which {len(kept) - 1} are done" in again.stdout
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    out = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["fisherprint", *arguments]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+        pytest.raises(SystemExit) as leaving,
+    ):
+        cli.main()
+    return leaving.value.code, out.getvalue()
+
+
+def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) -> None:
+    arguments = words(run, images, tmp_path / "maps")
+    code, said = call(*arguments)
+    assert code == 0, said
+    assert "58 voxels fitted, 1 failed, 0 did not converge" in said
+    assert "all: T1 1." in said
+    code, said = call(*arguments)
+    assert code == 2 and "already holds maps" in said and "--overwrite" in said
+    assert call(*arguments, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--known", "B1"], "NAME=VALUE or NAME=MAP"),
+        (["--known", "T9=1"], "unknown parameter 'T9'"),
+        (["--known", "B1=7"], "expected B1 in [0.3, 1.4]; got 7"),
+        (["--known", "B1=absent.nii"], "expected a file at absent.nii"),
+        (["--start", "0"], "at least 1 start"),
+        (["--start", "absent"], "there is none"),
+        (["--noise-std", "-1"], "greater than 0"),
+        (["--scheduler", "tcp://nobody:1", "--workers", "1"], "drop one"),
+    ],
+)
+def test_a_wrong_call_is_explained(
+    run: Run, images: Path, tmp_path: Path, change: list[str], message: str
+) -> None:
+    plain = ["fit", str(images), "--run", str(run.folder), "-o", str(tmp_path / "maps")]
+    code, said = call(*plain, *change)
+    assert code == 2
+    assert message in " ".join(said.split())
+
+
+def test_a_network_of_another_basis_is_no_start(run: Run, images: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(run.folder, tmp_path / "other")
+    card = files.read_json(other / "network" / "card.json")
+    files.write_json(other / "network" / "card.json", card | {"basis_sha256": "0" * 64})
+    with pytest.raises(stages.BasisMismatchError, match="has 000000000000"):
+        fitted(run, images, tmp_path / "maps", start=other)
+
+
+def test_images_of_another_basis_are_refused(run: Run, images: Path, tmp_path: Path) -> None:
+    other = tmp_path / "x.nii.gz"
+    other.write_bytes(images.read_bytes())
+    files.write_json(tmp_path / "x.json", {"BasisSHA256": "0" * 64})
+    with pytest.raises(stages.BasisMismatchError, match="was made with 0000"):
+        stages.fit_run(
+            run,
+            stages.MapSection(coefficients=other),
+            tmp_path / "maps",
+            say=silent,
+            progress=silent,
+        )
