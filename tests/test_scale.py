@@ -263,7 +263,8 @@ def undisturbed(asked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shards_in(run: Path) -> list[Path]:
-    return sorted(run.glob("shards/*/*-*.h5"))
+    # What a kill left half-written has a name that begins with a dot.
+    return sorted(run.glob("shards/*/[!.]*-*.h5"))
 
 
 def wait_for_shards(run: Path, number: int, process: subprocess.Popen) -> None:
