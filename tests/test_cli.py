@@ -62,6 +62,7 @@ voxel_size = 12.0
 COMMANDS = (
     *("simulate", "train", "evaluate", "map", "fit", "report", "crb", "run", "demo"),
     *("design", "export", "vary", "reproduce", "bids", "onnx", "models", "ship"),
+    *("reconstruct", "scan"),
 )
 
 

@@ -797,6 +797,98 @@ def _run_all(
         display.say(f"report: {page.resolve()}")
 
 
+# As for `crb`; what a file mostly says itself, docs/reconstruction.md lists.
+@app.command(
+    name="reconstruct",
+    help="Raw data to coefficient images in a run's basis; Ctrl-C keeps what there is.\n"
+    "Example: fisherprint reconstruct scan.h5 --run RUN -o c.nii.gz --llr 1e-4",
+)
+def reconstruct_(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Of .h5, ISMRMRD or .cfl.")],
+    run: Annotated[Path, typer.Option(metavar="RUN", help="With the basis.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".nii.gz or .cfl.")],
+    llr: Annotated[float | None, typer.Option(metavar="λ", help="Locally low rank.")] = None,
+    block: Annotated[
+        int, typer.Option(metavar="B", help="Its blocks: edge; else 8.", show_default=False)
+    ] = 8,
+    l2: Annotated[float | None, typer.Option(metavar="λ", help="Or λ‖x‖².")] = None,
+    iterations: Annotated[
+        int, typer.Option(metavar="N", help="Else 30.", show_default=False)
+    ] = 30,
+    coils: Annotated[
+        int, typer.Option(metavar="N", help="Virtual ones; else 20.", show_default=False)
+    ] = 20,
+    sensitivities: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of the coils; else ESPIRiT.")
+    ] = None,
+    trajectory: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="If DATA has none.")
+    ] = None,
+    trajectory_scale: Annotated[float | None, typer.Option(metavar="F", hidden=True)] = None,
+    matrix: Annotated[str | None, typer.Option(metavar="N0,N1,N2", hidden=True)] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", hidden=True)] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="tcp://HOST:PORT", hidden=True)] = None,
+    work: Annotated[Path | None, typer.Option(metavar="DIR", hidden=True)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after Ctrl-C.")] = False,
+    force: _Force = False,
+) -> None:
+    """Coefficient images of raw data."""
+    from fisherprint import experiment as stages
+    from fisherprint import files
+
+    if not (force or resume):
+        stages.require_absent(output)
+    voxels = None if matrix is None else tuple(int(n) for n in matrix.split(","))
+    if voxels is not None and len(voxels) != 3:
+        raise typer.BadParameter(f"--matrix takes three numbers, N0,N1,N2; got {matrix}.")
+    wanted = stages.Reconstruction(llr, l2, block, iterations, coils, sensitivities, memory)
+    with stages.workers(None, scheduler) as pool, _display() as display:
+        stages.reconstruct_run(
+            stages.open_run(run),
+            data,
+            output,
+            wanted,
+            reading=files.Reading(None, trajectory, trajectory_scale, voxels),
+            work=work,
+            resume=resume,
+            executor=None if scheduler is None else pool.executor,
+            say=display.say,
+            progress=display.progress,
+        )
+        display.say(f"images: {output}")
+
+
+@app.command()
+def scan(
+    run: _Run,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="SCAN.h5")],
+    matrix: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge.")] = 48,
+    fov: Annotated[float, typer.Option(metavar="MM", help="Field of view in mm.")] = 224.0,
+    cycles: Annotated[int, typer.Option(metavar="N", help="Cycles of the train.")] = 20,
+    coils: Annotated[int, typer.Option(metavar="N")] = 8,
+    noise: Annotated[
+        float, typer.Option(metavar="σ", help="Of Re and Im of a sample, |M0| ≤ 1.")
+    ] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    force: _Force = False,
+) -> None:
+    """A digital scan: radial k-space of the digital brain with a run's train.
+
+    Example: fisherprint scan runs/demo -o scan.h5 --cycles 20
+    """
+    from fisherprint import experiment as stages
+
+    if not force:
+        stages.require_absent(output)
+    wanted = stages.DigitalScan(
+        matrix, fov, cycles=cycles, coils=coils, noise_std=noise, seed=seed
+    )
+    with _display() as display:
+        stages.scan_brain(
+            stages.open_run(run), output, wanted, say=display.say, progress=display.progress
+        )
+
+
 def main() -> None:
     """Run the command line: exit code 0, 2 (wrong call or bad input) or 130 (interrupted)."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]

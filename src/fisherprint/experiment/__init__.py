@@ -45,6 +45,12 @@ from fisherprint.experiment.mapping import (
     write_brain,
 )
 from fisherprint.experiment.pages import report_run
+from fisherprint.experiment.reconstructing import (
+    DigitalScan,
+    Reconstruction,
+    reconstruct_run,
+    scan_brain,
+)
 from fisherprint.experiment.reproduction import reproduce
 from fisherprint.experiment.schema import (
     BrainSection,
@@ -72,6 +78,7 @@ __all__ = [
     "BasisMismatchError",
     "BrainSection",
     "Design",
+    "DigitalScan",
     "EvaluationSection",
     "Experiment",
     "ExperimentError",
@@ -79,6 +86,7 @@ __all__ = [
     "MapSection",
     "ModelSection",
     "Question",
+    "Reconstruction",
     "Run",
     "SequenceSection",
     "SimulationSection",
@@ -100,10 +108,12 @@ __all__ = [
     "read_data",
     "read_design",
     "read_trains",
+    "reconstruct_run",
     "report_run",
     "reproduce",
     "require_absent",
     "run_all",
+    "scan_brain",
     "shareable",
     "shipped",
     "simulate_run",

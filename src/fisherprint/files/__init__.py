@@ -6,6 +6,14 @@ read is an `UnreadableFileError` that says what was expected.
 
 from fisherprint._storage import UnreadableFileError, require_file
 from fisherprint.files.bids import Entities, write_bids
+from fisherprint.files.cfl import open_cfl, write_cfl
+from fisherprint.files.kspace import (
+    RawData,
+    Reading,
+    read_kspace,
+    read_sensitivities,
+    write_kspace,
+)
 from fisherprint.files.records import (
     OutputExistsError,
     append_jsonl,
@@ -55,12 +63,15 @@ __all__ = [
     "Entities",
     "OutputExistsError",
     "PlacedMaps",
+    "RawData",
+    "Reading",
     "UnreadableFileError",
     "Volume",
     "append_jsonl",
     "assemble_dataset",
     "file_digest",
     "load_network_files",
+    "open_cfl",
     "read_arrays",
     "read_audit",
     "read_basis",
@@ -69,10 +80,12 @@ __all__ = [
     "read_dataset",
     "read_json",
     "read_jsonl",
+    "read_kspace",
     "read_map",
     "read_maps",
     "read_mask",
     "read_search",
+    "read_sensitivities",
     "read_shard",
     "read_tissue_maps",
     "read_toml",
@@ -85,11 +98,13 @@ __all__ = [
     "write_basis",
     "write_bids",
     "write_bytes",
+    "write_cfl",
     "write_checkpoint",
     "write_coefficients",
     "write_dataset",
     "write_json",
     "write_jsonl",
+    "write_kspace",
     "write_maps",
     "write_mask",
     "write_search",

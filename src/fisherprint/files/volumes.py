@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
+from fisherprint.files import cfl
 from fisherprint.files.records import read_json, write_json
 from fisherprint.maps import Maps
 from fisherprint.parameters import Parameter
@@ -26,14 +26,12 @@ from fisherprint.reconstruct.phantom import TissueMaps
 from fisherprint.subspace import Basis
 
 _NIFTI = (".nii", ".nii.gz")
-_BART = (".cfl", ".hdr")
 _KEYED = (".mat", ".h5", ".hdf5")
 
 Kind = Literal["estimate", "standard deviation"]
 """What a map shows, as its sidecar says."""
 
 # BART's axes 0, 1, 2 are space and 6 holds the coefficients of a subspace.
-_BART_AXES = ("READ", "PHS1", "PHS2", "COIL", "MAPS", "TE", "COEFF", "COEFF2")
 _BART_KEPT = (0, 1, 2, 6)
 
 # What places a volume in space; all else in a header belongs to the file that it came from.
@@ -338,7 +336,7 @@ def _read_image(path: Path, key: str | None) -> _Image:
         raise ValueError(f"{path} holds one array without a name; got the key {key!r}. Drop it.")
     if suffix in _NIFTI:
         return _Image(*_read_nifti(path))
-    if suffix in _BART:
+    if suffix in cfl.SUFFIXES:
         return _Image(_read_bart(path))
     if suffix == ".npy":
         return _Image(_read_npy(path))
@@ -351,7 +349,8 @@ def _read_image(path: Path, key: str | None) -> _Image:
             )
         return _Image(_storage.read_arrays(path, [key])[key])
     raise UnreadableFileError(
-        f"expected an image as {_checks.listing((*_NIFTI, *_BART, '.npy', *_KEYED))}; got {path}."
+        "expected an image as "
+        f"{_checks.listing((*_NIFTI, *cfl.SUFFIXES, '.npy', *_KEYED))}; got {path}."
     )
 
 
@@ -375,25 +374,9 @@ def _read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nibabel.
 
 def _read_bart(path: Path) -> NDArray[np.complex64]:
     """A BART array with its spatial axes and the coefficients: (X, Y, Z, K)."""
-    header, values = path.with_suffix(".hdr"), path.with_suffix(".cfl")
-    _storage.require_file(header)
-    _storage.require_file(values)
-    lines = header.read_text(encoding="utf-8", errors="replace").splitlines()
-    try:
-        dims = [int(word) for word in lines[lines.index("# Dimensions") + 1].split()]
-    except (ValueError, IndexError) as error:
-        raise UnreadableFileError(
-            f"expected a BART header with '# Dimensions' and a line of integers; {header} has "
-            "none. Write it again."
-        ) from error
-    size, expected = values.stat().st_size, 8 * math.prod(dims)
-    if size != expected or not dims:
-        raise UnreadableFileError(
-            f"expected {expected} bytes in {values} for the dimensions {dims} of {header.name}; "
-            f"got {size}. One of the two is truncated or belongs to other data."
-        )
-    dims += [1] * (len(_BART_AXES) - len(dims))
-    names = {axis: f"{axis} ({name})" for axis, name in enumerate(_BART_AXES)}
+    array = cfl.open_cfl(path)
+    dims, values = array.shape, path.with_suffix(".cfl")
+    names = {axis: f"{axis} ({name})" for axis, name in enumerate(cfl.AXES)}
     long = {axis: n for axis, n in enumerate(dims) if n > 1 and axis not in _BART_KEPT}
     if long:
         found = ", ".join(
@@ -403,8 +386,7 @@ def _read_bart(path: Path) -> NDArray[np.complex64]:
             f"expected coefficient images along the BART axes 0, 1, 2 and 6; {values} has "
             f"{found}. Combine the coils and choose one volume first."
         )
-    array = np.fromfile(values, dtype="<c8").reshape(dims, order="F")
-    return array.reshape([dims[axis] for axis in _BART_KEPT], order="F")
+    return np.array(array).reshape([dims[axis] for axis in _BART_KEPT], order="F")
 
 
 def _read_npy(path: Path) -> NDArray[np.generic]:

@@ -67,3 +67,43 @@ def spokes(direction: ArrayLike, position: ArrayLike) -> NDArray[np.float32]:
     """
     along, where = np.asarray(direction, dtype=np.float64), np.asarray(position, dtype=np.float64)
     return (along[..., None, :] * where[:, None]).astype(np.float32)
+
+
+def golden_angle(n_spokes: int) -> NDArray[np.float64]:
+    """Directions of successive spokes in a plane: azimuth n·111.25° (doi:10.1109/TMI.2006.885337).
+
+    Args:
+        n_spokes: how many.
+
+    Returns:
+        Unit vectors (x, y, 0), shape (n_spokes, 3).
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if n_spokes < 0:
+        raise ValueError(
+            f"the number of spokes must not be negative; got {n_spokes}. Give 0 or more."
+        )
+    azimuth = np.pi * np.modf(np.arange(n_spokes) * (np.sqrt(5) - 1) / 2)[0]
+    return np.stack([np.cos(azimuth), np.sin(azimuth), np.zeros(n_spokes)], axis=-1)
+
+
+def radial_scan(
+    n_pulses: int, n_cycles: int, position: ArrayLike, *, planar: bool = False
+) -> NDArray[np.float32]:
+    """Trajectory of a train of pulses that is played several times, a spoke a pulse.
+
+    Golden means count all spokes in the order of the scan: cycle by cycle, pulse by pulse.
+
+    Args:
+        n_pulses: T.
+        n_cycles: S.
+        position: of the samples along a spoke, shape (R,), in 1/(field of view).
+        planar: spokes in a plane, for a slice; else a koosh ball.
+
+    Returns:
+        Shape (T, S, R, 3), in 1/(field of view).
+    """
+    direction = (golden_angle if planar else koosh_ball)(n_pulses * n_cycles)
+    return spokes(direction.reshape(n_cycles, n_pulses, 3).swapaxes(0, 1), position)

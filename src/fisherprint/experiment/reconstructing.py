@@ -1,0 +1,492 @@
+"""From raw data to coefficient images in the basis of a run, and the digital scan."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherprint import _checks, _storage, files
+from fisherprint.experiment.folder import Run, read_data
+from fisherprint.reconstruct import (
+    coils,
+    encoding,
+    lowrank,
+    phantom,
+    planning,
+    scanning,
+    solve,
+    toeplitz,
+    trajectory,
+)
+from fisherprint.subspace import Basis
+
+Say = Callable[[str], None]
+Progress = Callable[[str, int, int], None]
+
+# Seconds between two saved states: what a killed process loses.
+_SAVE_EVERY = 600.0
+_VOXELS_AT_ONCE = 4096
+# Middle of the head in MNI space, mm.
+_MIDDLE = (0.0, -18.0, 8.0)
+# Voxels of the digital brain that count as one tissue: at least this share of it.
+_PURE = 0.9
+
+
+class ReconstructionError(ValueError):
+    """A reconstruction that cannot be done as it is asked for."""
+
+
+class MemoryForecastError(ReconstructionError):
+    """A reconstruction that would not fit into memory."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What to do with the data: one of λ of both priors is given.
+
+    Attributes:
+        llr: λ of the locally low-rank prior, solved by FISTA.
+        l2: λ of λ‖x‖², solved by conjugate gradients.
+        block: edge of the blocks of `llr`, voxels.
+        iterations: how many.
+        coils: virtual ones, at most.
+        sensitivities: a file of them, of the physical coils; ESPIRiT if None.
+        memory: GiB that may be used; what the system has left if None.
+    """
+
+    llr: float | None = None
+    l2: float | None = None
+    block: int = 8
+    iterations: int = 30
+    coils: int = 20
+    sensitivities: Path | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.llr is None) == (self.l2 is None):
+            raise ReconstructionError(
+                "expected λ of one prior, --llr λ or --l2 λ; got "
+                f"{'none' if self.llr is None else 'both'}. Begin with --llr 1e-4."
+            )
+        if self.iterations < 1:
+            raise ReconstructionError(
+                f"expected at least one iteration; got {self.iterations}. 30 is usual."
+            )
+
+    @property
+    def name(self) -> str:
+        """All that decides the iterations, but not how many they are."""
+        if self.llr is not None:
+            return f"llr {self.llr!r} {self.block}"
+        return f"l2 {self.l2!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What iterations start from.
+
+    Attributes:
+        sensitivities: of the virtual coils.
+        right: Aᴴ W y / scale.
+        scale: what the data were divided by.
+    """
+
+    sensitivities: NDArray[np.complex64]
+    right: encoding.Images
+    scale: float
+
+
+def reconstruct_run(
+    run: Run,
+    data: Path,
+    output: Path,
+    wanted: Reconstruction,
+    *,
+    reading: files.Reading | None = None,
+    work: Path | None = None,
+    resume: bool = False,
+    executor: Executor | None = None,
+    say: Say,
+    progress: Progress,
+) -> None:
+    """Raw data to coefficient images in the basis of a run.
+
+    Args:
+        run: its data set has the basis.
+        data: k-space, as `files.read_kspace` takes it.
+        output: `.nii.gz`, `.nii` or `.cfl`.
+        wanted: prior, iterations, coils.
+        reading: what the file of the data does not say.
+        work: folder of the kernel, of compressed data and of the state of interrupted iterations;
+            kept for the next reconstruction of the same data. None is `OUTPUT.work`, removed in
+            the end.
+        resume: go on from an interrupted one.
+        executor: computes the normal operator; threads of this process if None.
+        say: told the forecast, what is assumed, and the residual of each iteration.
+        progress: told what else is going on.
+
+    Raises:
+        ReconstructionError: nothing to resume, or an output of another kind.
+        MemoryForecastError: more memory is needed than there is.
+        ValueError: data and basis that do not belong together, or bad data.
+        DivergenceError: the iterations run away; the last good images are written.
+        KeyboardInterrupt: the last images are written, and `resume` goes on from them.
+    """
+    if not output.name.lower().endswith((".nii", ".nii.gz", ".cfl")):
+        raise ReconstructionError(
+            f"expected images as .nii.gz, .nii or .cfl; got {output}. Change the suffix."
+        )
+    basis = read_data(run)[0].basis
+    reading = reading or files.Reading()
+    raw = files.read_kspace(
+        data,
+        files.Reading(len(basis.vectors), reading.trajectory, reading.scale, reading.matrix),
+    )
+    for note in raw.notes:
+        say(note)
+    sampling = _sampling(raw, basis, say)
+    _require_memory(sampling, raw, wanted, say)
+    folder = work or output.with_name(output.name + ".work")
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = _prepared(
+        sampling, raw, _identity(data, sampling, wanted), wanted, folder, progress
+    )
+    kernel = toeplitz.kernel(
+        sampling, path=folder / f"kernel-{sampling.digest[:12]}.h5", progress=progress
+    )
+
+    def normal(images: encoding.Images) -> encoding.Images:
+        return toeplitz.normal(kernel, prepared.sensitivities, images, executor=executor)
+
+    if raw.noise is not None and wanted.llr is not None and wanted.sensitivities is None:
+        # Whitened noise has variance 1, and Σ_c |S_c|² of ESPIRiT is 1.
+        level = sampling.noise_gain / prepared.scale
+        say(f"λ that takes away the noise of these data: {level:.2g}; given: {wanted.llr:g}")
+    identity = f"{_storage.digest(prepared.right)} {wanted.name}"
+    saved = folder / "state.h5"
+    start, step = _read_state(saved, identity) if resume else (None, None)
+    if wanted.llr is not None and step is None:
+        step = solve.STEP / solve.largest_eigenvalue(normal, prepared.right, progress=progress)
+    states = _states(normal, prepared.right, wanted, step, start)
+    state, last_saved, began = start, time.monotonic(), time.monotonic()
+    try:
+        while state is None or state.iteration < wanted.iterations:
+            new = next(states, None)
+            if new is None:
+                break
+            state = new
+            now = time.monotonic()
+            say(
+                f"iteration {state.iteration} of {wanted.iterations}: residual "
+                f"{state.residual:.3g}, {now - began:.1f} s"
+            )
+            began = now
+            if now - last_saved > _SAVE_EVERY:
+                _write_state(saved, state, step, identity)
+                last_saved = now
+    except (KeyboardInterrupt, solve.DivergenceError):
+        if state is not None:
+            _write_state(saved, state, step, identity)
+            _write(output, state.images * np.float32(prepared.scale), raw, basis)
+            say(
+                f"images of iteration {state.iteration} are in {output}; the same command with "
+                "--resume goes on"
+            )
+        raise
+    if state is None:
+        raise ReconstructionError("expected data that are not zero; nothing was iterated.")
+    _write(output, state.images * np.float32(prepared.scale), raw, basis)
+    saved.unlink(missing_ok=True)
+    if work is None:
+        shutil.rmtree(folder)
+
+
+def _sampling(raw: files.RawData, basis: Basis, say: Say) -> encoding.Sampling:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", encoding.UndersampledWarning)
+        sampling = encoding.Sampling(
+            raw.trajectory,
+            basis.vectors.astype(np.complex64),
+            raw.matrix,
+            raw.weights,
+            raw.pulses,
+        )
+    for warning in caught:
+        say(f"warning: {warning.message}")
+    return sampling
+
+
+def _require_memory(
+    sampling: encoding.Sampling, raw: files.RawData, wanted: Reconstruction, say: Say
+) -> None:
+    """Say what it takes; refuse what does not fit, before anything is computed."""
+    request = planning.Request(
+        sampling.matrix,
+        sampling.rank,
+        bool(sampling.rows.imag.any()),
+        min(wanted.coils, len(raw.kspace)),
+        int(np.prod(sampling.samples)),
+        wanted.iterations,
+        wanted.llr is not None,
+    )
+    ahead = planning.forecast(request, planning.measure())
+    for line in ahead.lines():
+        say(line)
+    there = planning.available_memory() if wanted.memory is None else wanted.memory * 2**30
+    if there is not None and ahead.peak > there:
+        raise MemoryForecastError(
+            f"expected {ahead.peak / 2**30:.3g} GiB of memory for this reconstruction; "
+            f"{there / 2**30:.3g} GiB may be used. Take a smaller matrix, fewer coils or "
+            "coefficients, or another machine."
+        )
+
+
+def _identity(data: Path, sampling: encoding.Sampling, wanted: Reconstruction) -> str:
+    """Of what is prepared: the samples themselves may be many, so their file stands for them."""
+    parts = [sampling.digest, str(wanted.coils), str(wanted.sensitivities)]
+    for path in (data, data.with_suffix(".cfl"), wanted.sensitivities):
+        if path is not None and path.is_file():
+            status = path.stat()
+            parts.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _prepared(
+    sampling: encoding.Sampling,
+    raw: files.RawData,
+    identity: str,
+    wanted: Reconstruction,
+    folder: Path,
+    progress: Progress,
+) -> _Prepared:
+    """Compressed coils, their sensitivities, and Aᴴ W y; from the folder if they are there."""
+    path = folder / "prepared.h5"
+    if path.is_file():
+        with _storage.open_hdf5(path) as file:
+            if file.attrs["identity"] == identity:
+                return _Prepared(
+                    file["sensitivities"][()], file["right"][()], float(file["scale"][()])
+                )
+    maps = None
+    if wanted.sensitivities is not None:
+        maps = files.read_sensitivities(wanted.sensitivities, sampling.matrix)
+        if len(maps) != len(raw.kspace):
+            raise ReconstructionError(
+                f"expected sensitivities of the {len(raw.kspace)} coils of the data; "
+                f"{wanted.sensitivities} has {len(maps)}. Give those of the physical coils."
+            )
+    compress = coils.compression(
+        raw.kspace, min(wanted.coils, len(raw.kspace)), noise=raw.noise, progress=progress
+    )
+    virtual = folder / "kspace.npy"
+    kspace = np.lib.format.open_memmap(
+        virtual, "w+", np.complex64, (len(compress.matrix), *sampling.samples)
+    )
+    for pulse in range(kspace.shape[1]):
+        kspace[:, pulse] = compress(np.asarray(raw.kspace[:, pulse]))
+    if maps is None:
+        middle = coils.calibration(sampling, kspace, progress=progress)
+        maps = coils.espirit(middle, sampling.matrix, progress=progress)
+        if not maps.any():
+            raise ReconstructionError(
+                "expected coils that see signal in the middle of k-space; ESPIRiT found noise "
+                "alone. Look at the data, or give sensitivities with --sensitivities."
+            )
+    else:
+        maps = compress(maps)
+    right = encoding.adjoint(sampling, maps, kspace)
+    scale = solve.scaling(right)
+    if not (np.isfinite(scale) and scale > 0):
+        raise ReconstructionError(
+            f"expected data whose images are not zero; got the scale {scale}. Do k-space, "
+            "trajectory and sensitivities belong together?"
+        )
+    right /= np.float32(scale)
+    with _storage.large_hdf5(path, maps.nbytes + right.nbytes) as file:
+        file.attrs["identity"] = identity
+        file["sensitivities"], file["right"], file["scale"] = maps, right, scale
+    virtual.unlink()
+    return _Prepared(maps, right, scale)
+
+
+def _states(
+    normal: solve.Normal,
+    right: encoding.Images,
+    wanted: Reconstruction,
+    step: float | None,
+    start: solve.State | None,
+) -> Iterator[solve.State]:
+    if wanted.llr is None or step is None:
+        return solve.conjugate_gradients(normal, right, l2=wanted.l2 or 0.0, start=start)
+    prior = lowrank.LocallyLowRank(wanted.llr, wanted.block)
+    return solve.fista(normal, right, prior, step=step, start=start)
+
+
+def _write_state(path: Path, state: solve.State, step: float | None, identity: str) -> None:
+    arrays = {"images": state.images, "direction": state.direction}
+    if state.remainder is not None:
+        arrays["remainder"] = state.remainder
+    with _storage.large_hdf5(path, sum(array.nbytes for array in arrays.values())) as file:
+        file.attrs["identity"] = identity
+        for name in ("iteration", "residual", "momentum"):
+            file[name] = getattr(state, name)
+        if step is not None:
+            file["step"] = step
+        for name, array in arrays.items():
+            file[name] = array
+
+
+def _read_state(path: Path, identity: str) -> tuple[solve.State, float | None]:
+    if not path.is_file():
+        raise ReconstructionError(
+            f"expected an interrupted reconstruction; {path.parent} has none. Leave out --resume."
+        )
+    with _storage.open_hdf5(path) as file:
+        if file.attrs["identity"] != identity:
+            raise ReconstructionError(
+                f"expected the interrupted reconstruction of the same data with the same prior; "
+                f"{path} is another one. Give the same options, or leave out --resume."
+            )
+        state = solve.State(
+            int(file["iteration"][()]),
+            file["images"][()],
+            float(file["residual"][()]),
+            file["direction"][()],
+            file["remainder"][()] if "remainder" in file else None,
+            float(file["momentum"][()]),
+        )
+        return state, float(file["step"][()]) if "step" in file else None
+
+
+def _write(output: Path, images: encoding.Images, raw: files.RawData, basis: Basis) -> None:
+    if output.suffix == ".cfl":
+        # [x, y, z, 1, 1, 1, K]
+        files.write_cfl(output, np.moveaxis(images, 0, -1)[:, :, :, None, None, None])
+        return
+    volume = files.Volume(np.ascontiguousarray(np.moveaxis(images, 0, -1)), raw.affine)
+    files.write_coefficients(output, volume, basis_sha256=basis.digest)
+
+
+@dataclass(frozen=True)
+class DigitalScan:
+    """A radial scan of the digital brain.
+
+    Attributes:
+        matrix: N of a cube.
+        field_of_view: edge of that, mm.
+        cycles: how often the train is played.
+        coils: how many.
+        oversampling: samples along a spoke for each step of 1/(field of view).
+        noise_std: σ of the real and of the imaginary part of a sample, where |M0| ≤ 1; a Cartesian
+            scan of as many samples as voxels would have the same in its images.
+        seed: of the noise.
+    """
+
+    matrix: int = 48
+    field_of_view: float = 224.0
+    cycles: int = 20
+    coils: int = 8
+    oversampling: int = 2
+    noise_std: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("matrix", "field_of_view", "cycles", "coils", "oversampling"):
+            _checks.positive(name.replace("_", " "), getattr(self, name))
+        if not (np.isfinite(self.noise_std) and self.noise_std >= 0):
+            raise ValueError(f"σ of the noise must be zero or above; got {self.noise_std}.")
+
+
+def scan_brain(
+    run: Run, output: Path, wanted: DigitalScan, *, say: Say, progress: Progress
+) -> None:
+    """Scan the digital brain with the train of a run, through coils and with noise.
+
+    Writes `output`, raw data with trajectory, noise samples and true sensitivities; and beside it
+    `<name>-truth/`: the coefficient images without noise, the mask, masks of the tissues.
+
+    Args:
+        run: its data set has train, basis and model.
+        output: `.h5`.
+        wanted: the scan.
+        say: told what was written.
+        progress: told how many voxels and pulses are done.
+
+    Raises:
+        ModuleNotFoundError: nilearn, which brings the tissues, is not installed.
+        MemoryForecastError: the signals of all voxels do not fit into memory.
+    """
+    if output.suffix != ".h5":
+        raise ReconstructionError(f"expected raw data as .h5; got {output}. Change the suffix.")
+    data, _, model = read_data(run)
+    voxel = wanted.field_of_view / wanted.matrix
+    corner = [middle - voxel * (wanted.matrix // 2) for middle in _MIDDLE]
+    # A little more than the last centre, so that rounding loses no voxel.
+    low, high = corner, [x + voxel * (wanted.matrix - 0.5) for x in corner]
+    brain = phantom.digital_brain(
+        files.read_tissue_maps(),
+        model.names,
+        box=((low[0], high[0]), (low[1], high[1]), (low[2], high[2])),
+        voxel_size=voxel,
+    )
+    mask, theta = brain.mask, brain.theta[brain.mask]
+    n_pulses = len(data.basis.vectors)
+    there = planning.available_memory()
+    if there is not None and 8 * len(theta) * n_pulses > there:
+        raise MemoryForecastError(
+            f"expected {8 * len(theta) * n_pulses / 2**30:.3g} GiB of memory for the signals of "
+            f"{len(theta)} voxels; {there / 2**30:.3g} GiB are left. Take a smaller matrix."
+        )
+    signals = np.empty((n_pulses, len(theta)), np.complex64)
+    for first in range(0, len(theta), _VOXELS_AT_ONCE):
+        part = slice(first, first + _VOXELS_AT_ONCE)
+        signals[:, part] = model.signal(theta[part]).T
+        progress("voxels of the digital brain", min(part.stop, len(theta)), len(theta))
+    signals *= brain.m0[mask].astype(np.complex64)
+
+    def frame(pulse: int) -> NDArray[np.complex64]:
+        image = np.zeros(mask.shape, np.complex64)
+        image[mask] = signals[pulse]
+        progress("pulses", pulse + 1, n_pulses)
+        return image
+
+    position = trajectory.readout(wanted.matrix, wanted.oversampling)
+    spokes = trajectory.radial_scan(n_pulses, wanted.cycles, position)
+    maps = scanning.coil_sensitivities(mask.shape, wanted.coils)
+    rng = np.random.default_rng(wanted.seed)
+    others: dict[str, Any] = {
+        "trajectory": spokes,
+        "matrix": np.array(mask.shape),
+        "affine": brain.affine,
+        "sensitivities": maps,
+    }
+    if wanted.noise_std:
+        noise = rng.standard_normal((wanted.coils, 4096, 2)).view(np.complex128)[..., 0]
+        others["noise"] = (wanted.noise_std * noise).astype(np.complex64)
+    shape = (wanted.coils, n_pulses, wanted.cycles, len(position))
+    samples = scanning.acquire(spokes, maps, frame, noise_std=wanted.noise_std, rng=rng)
+    files.write_kspace(output, shape, samples, **others)
+    truth = np.zeros((*mask.shape, data.basis.rank), np.complex64)
+    truth[mask] = signals.T @ data.basis.vectors.conj().astype(np.complex64)
+    folder = output.with_name(output.stem + "-truth")
+    volume = files.Volume(truth, brain.affine)
+    files.write_coefficients(
+        folder / "coefficients.nii.gz", volume, basis_sha256=data.basis.digest
+    )
+    files.write_mask(folder / "mask.nii.gz", mask, volume=volume)
+    for tissue, share in zip(brain.tissues, np.moveaxis(brain.fractions, -1, 0), strict=True):
+        if (share > _PURE).any():
+            path = folder / "tissues" / f"{tissue.replace(' ', '_')}.nii.gz"
+            files.write_mask(path, share > _PURE, volume=volume)
+    say(f"raw data: {output}")
+    say(f"without noise: {folder}")
