@@ -2,8 +2,8 @@
 
     python examples/scan_and_reconstruct.py [MATRIX] [FOLDER]
 
-Voxels of a real scan need a matrix of 48 at least, and minutes. The network is a small one, trained
-here; with a larger run leave out its two lines.
+Voxels of a real scan need a matrix of 48 at least, and minutes. The network is a small one,
+trained here; with a larger run leave out its two lines.
 """
 
 # %%
