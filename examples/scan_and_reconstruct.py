@@ -20,17 +20,17 @@ MATRIX = int(sys.argv[1]) if len(sys.argv) > 1 else 16
 folder = Path(sys.argv[2] if len(sys.argv) > 2 else tempfile.mkdtemp())
 
 # %% A data set with its basis of 13 coefficients, and a network
-(folder / "small.toml").write_text("""\
+(folder / "small.toml").write_text(f"""\
 title = "From a digital scan to maps"
 
 [simulation]
-training = 8192
+training = {8192 if MATRIX >= 32 else 1024}
 validation = 512
 test = 512
 rank = 13
 
 [training]
-epochs = 24
+epochs = {24 if MATRIX >= 32 else 4}
 learning_rate = 4e-3
 halve_every = 6
 remove_phase = true
@@ -53,7 +53,7 @@ stages.scan_brain(run, scan, wanted, say=print, progress=quiet)
 
 # %% Coefficient images: sensitivities by ESPIRiT, locally low rank
 images = folder / "coefficients.nii.gz"
-prior = stages.Reconstruction(llr=1e-4, block=6, iterations=60)
+prior = stages.Reconstruction(llr=1e-4, block=6, iterations=60 if MATRIX >= 32 else 10)
 stages.reconstruct_run(run, scan, images, prior, say=print, progress=quiet)
 
 # %% Maps of these and of the images without noise
