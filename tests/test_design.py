@@ -335,7 +335,8 @@ def test_search_improves_and_delivers_within_the_limits(easy):
     model, goal, limits = easy
     start = design.begin(model, goal, limits)
     states = []
-    for state in design.search(model, goal, limits, start, iterations=30):
+    # With 30 steps a round, rounding may end the search 2 % before the tightest limit.
+    for state in design.search(model, goal, limits, start, iterations=60):
         states.append(state)
         if state.number == 12:
             break
@@ -349,11 +350,10 @@ def test_search_improves_and_delivers_within_the_limits(easy):
         assert design.cost(model.of(state.best), goal).value == pytest.approx(state.best_cost)
     steps = last.best.pulse_duration[0, 1:] / limits.raster
     assert steps == pytest.approx(np.round(steps), abs=1e-6)
-    # The inversion is as it was, and limits bind. Where 12 rounds end hangs on the last digits of
-    # the processor: 1 and 2.4 % before the tightest limit have been seen, the others are far.
+    # The inversion is as it was, and limits bind: they are used up to the margin.
     assert last.best.flip_angle[0, 0] == np.pi
     excess, _ = limits.excess(last.best)
-    assert excess.max() > -0.05
+    assert excess.max() > -0.01
 
 
 def test_each_limit_is_kept_at_the_cost_of_the_bound(easy):

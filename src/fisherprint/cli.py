@@ -236,21 +236,20 @@ def map_(
         str | None, typer.Option(metavar="NAME", help="or a shipped one: fisherprint models.")
     ] = None,
     key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Mask; else automatic.")] = None,
-    mask_key: Annotated[
-        str | None, typer.Option(help="Its name in MASK, else in COEFFICIENTS.")
+    mask: Annotated[
+        Path | None, typer.Option(help="Mask, or --mask-key NAME; else automatic.")
     ] = None,
+    # Help fits a screen: keys stand beside their files, --precision in docs/decisions/027.
+    mask_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     basis: Annotated[
-        Path | None, typer.Option(help="Basis of the images, to be compared.")
+        Path | None, typer.Option(help="Basis of the images, with --basis-key NAME.")
     ] = None,
-    basis_key: Annotated[str | None, typer.Option(help="Its name in the file.")] = None,
+    basis_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     noise_std: Annotated[
         float | None,
         typer.Option(help="σ of Re and Im, for a network of it."),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32 or bfloat16; else by speed.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(hidden=True)] = None,
     known: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="Known map; B0 in rad/s, B1 relative."),
