@@ -1,3 +1,4 @@
+import pickle
 import tomllib
 
 import h5py
@@ -336,3 +337,13 @@ def test_toml_with_contents_that_are_no_train(tmp_path):
     path.write_text(content.replace('"crushed"', '"hard"'))
     with pytest.raises(ValueError, match=r"one of .*; got 'hard'"):
         fp.PulseTrain.read(path)
+
+
+def test_a_train_survives_pickling_as_it_is(short_train):
+    # Workers get pickles; kernels are compiled for arrays that nobody can change.
+    again = pickle.loads(pickle.dumps(short_train))
+    for name in ("flip_angle", "pulse_duration"):
+        there, here = getattr(again, name), getattr(short_train, name)
+        assert np.array_equal(there, here)
+        assert not there.flags.writeable and not here.flags.writeable
+    assert again.digest == short_train.digest

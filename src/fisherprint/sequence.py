@@ -101,6 +101,13 @@ class PulseTrain:
         object.__setattr__(self, "pulse_duration", duration)
         object.__setattr__(self, "repetition_time", repetition_time)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A pickle forgets what is read-only. Without it a worker's train could be changed, and the
+        # kernels, compiled for read-only arrays, would be compiled once more.
+        for name in ("flip_angle", "pulse_duration"):
+            state[name].setflags(write=False)
+        self.__dict__.update(state)
+
     @property
     def n_samples(self) -> int:
         """T: pulses of all trains, one sample each."""
