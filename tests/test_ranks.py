@@ -119,9 +119,13 @@ def test_rows_are_shared_without_gap_or_overlap(size: int) -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_without_torchrun_a_process_is_alone() -> None:
-    with together() as ranks:
-        assert ranks == ALONE == Ranks(0, 1, torch.device("cpu"))
+def test_without_torchrun_a_process_is_alone_on_the_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for available, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=available: found)
+        with together() as ranks:
+            assert (ranks.rank, ranks.size, ranks.device.type) == (0, 1, device)
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

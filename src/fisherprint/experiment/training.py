@@ -45,7 +45,7 @@ def train_run(
     *,
     resume: bool,
     force: bool = False,
-    ranks: train.Ranks = train.ALONE,
+    ranks: train.Ranks | None = None,
     say: Say,
     progress: Progress,
 ) -> None:
@@ -56,7 +56,8 @@ def train_run(
         resume: go on after the last finished epoch, if there is one.
         force: forget earlier epochs and all that came of them, once the data set is known to be
             readable.
-        ranks: the processes that train together on one run folder; the first one writes.
+        ranks: the processes that train together on one run folder; the first one writes. If
+            None, this process on its own, on a GPU if there is one.
         say: told each epoch's losses.
         progress: told how many epochs are done.
 
@@ -73,6 +74,7 @@ def train_run(
             "expected --resume, which keeps the earlier epochs, or --force, which forgets them; "
             "got both. Drop one."
         )
+    ranks = train.alone() if ranks is None else ranks
     config = run.experiment.training.config
     data, pulses, model = read_data(run)
     digest = files.file_digest(run.dataset)
@@ -102,6 +104,8 @@ def train_run(
         # A kill between the two writes leaves an epoch in the log that the checkpoint lacks.
         log = files.read_jsonl(run.log) if run.log.exists() else []
         files.write_jsonl(run.log, [record for record in log if record["number"] <= done])
+    if ranks.device.type != "cpu" and ranks.rank == 0:
+        say(f"training on {ranks.device}")
     progress("epochs", done, config.epochs)
     epochs = train.train(
         training,

@@ -17,7 +17,7 @@ from fisherprint.train.losses import (
     mse_loss,
     relative_loss,
 )
-from fisherprint.train.ranks import ALONE, Ranks, together
+from fisherprint.train.ranks import ALONE, Ranks, alone, together
 
 __all__ = [
     "ALONE",
@@ -29,6 +29,7 @@ __all__ = [
     "Samples",
     "State",
     "TrainingConfig",
+    "alone",
     "augment",
     "bias_reduced_loss",
     "compilable",

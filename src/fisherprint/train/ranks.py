@@ -121,9 +121,14 @@ class Ranks:
 ALONE = Ranks()
 
 
+def alone() -> Ranks:
+    """The only process, on the GPU if there is one that torch can use, else on the CPU."""
+    return Ranks(device=torch.device("cuda")) if torch.cuda.is_available() else ALONE
+
+
 @contextlib.contextmanager
 def together() -> Iterator[Ranks]:
-    """This process among those that torchrun started with it; `ALONE` if it did not.
+    """This process among those that torchrun started with it; `alone()` if it did not.
 
     Each has a GPU of its own where there are GPUs, and nccl between them; CPUs have gloo.
 
@@ -131,7 +136,7 @@ def together() -> Iterator[Ranks]:
         ValueError: fewer GPUs than processes on this machine.
     """
     if not distributed.is_torchelastic_launched():
-        yield ALONE
+        yield alone()
         return
     device = _CPU
     if torch.cuda.is_available():
