@@ -274,8 +274,12 @@ def by_scipy(model, basis, x, start, low, high):
         return list(pool.map(one, range(len(x))))
 
 
-def compared(model, basis, theta, std, rng):
-    """Largest difference to scipy's estimates in √CRB, and ours less its cost, by voxel."""
+def compared(model, basis, theta, std, rng, *, again=0):
+    """Largest difference to scipy's estimates in √CRB, and ours less its cost, by voxel.
+
+    Scipy starts `again` from where it ended: in flat valleys its trust region shrinks to nothing
+    some 1e-4 √CRB from the minimum (status 3, "xtol"), and a new search has a new one.
+    """
     root = root_bound(model, basis, theta, std)
     x = coefficients(model, basis, theta)[0] * np.exp(2j * np.pi * rng.random((len(theta), 1)))
     x += std * noise(x.shape, rng)
@@ -283,6 +287,8 @@ def compared(model, basis, theta, std, rng):
     ours = estimator.fit(x, start=theta)
     low, high = estimator._limits
     theirs = by_scipy(model, basis, x, theta, low, high)
+    for _ in range(again):
+        theirs = by_scipy(model, basis, x, [found.x for found in theirs], low, high)
     difference = np.abs(ours.theta - [found.x for found in theirs]) / root
     # Scipy stays just inside of bounds; at m0s = 0 nothing tells Rx and T2s.
     free = ours["m0s"] < 1e-9
@@ -315,9 +321,9 @@ def test_200_voxels_of_the_bundled_train_against_scipy():
     basis = fp.subspace.fit(
         (model.simulate(prior.sample(128, rng=rng)) for _ in range(16)), rank=13, method="crb-svd"
     )
-    difference, lower, _ = compared(model, basis, prior.sample(200, rng=rng), 5e-3, rng)
+    difference, lower, _ = compared(model, basis, prior.sample(200, rng=rng), 5e-3, rng, again=1)
     same = difference < 1e-4
-    assert same.mean() >= 0.97
+    assert same.mean() >= 0.99
     assert (lower[~same] < 0).mean() >= 0.5
 
 
