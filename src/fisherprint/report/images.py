@@ -33,6 +33,7 @@ def map_panel(
     parameters: Sequence[Parameter],
     *,
     truth: Named | None = None,
+    labels: tuple[str, str] = ("truth", "estimate"),
     slices: Sequence[int] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     affine: Floats | None = None,
@@ -47,6 +48,7 @@ def map_panel(
         estimate: maps by name, shape (X, Y) or (X, Y, Z), SI units.
         parameters: those that are shown.
         truth: likewise; adds the truth and the difference.
+        labels: what to call the truth, which may be another estimate, and the estimate.
         slices: along Z, or from the bottom up with an affine; the fullest one if None.
         ranges: limits of the colours by name, SI units. Others hold the middle 96 % of the values
             within 1.5 interquartile ranges of the quartiles, of the truth if known.
@@ -70,7 +72,7 @@ def map_panel(
             raise IndexError(
                 f"expected slices from 0 to {filled.shape[2] - 1}; got {k}. Choose others."
             )
-    kinds = [""] if truth is None else ["truth", "estimate", "estimate − truth"]
+    kinds = [""] if truth is None else [*labels, f"{labels[1]} − {labels[0]}"]
     titles = [f"{kind}\n{_place(k, filled.shape, grid)}" for kind in kinds for k in chosen]
     xlim, ylim = _bounding_box(np.any(filled[..., chosen], axis=2))
     # Height over width of a voxel.
