@@ -37,10 +37,20 @@ from fisherprint.report.trains import (
     draw_trains,
     magnetization,
 )
+from fisherprint.report.tubes import (
+    TUBE_COLUMNS,
+    TubeEstimates,
+    agreement,
+    tube_boxes,
+    tube_numbers,
+)
 
 __all__ = [
+    "TUBE_COLUMNS",
     "Comparison",
     "Section",
+    "TubeEstimates",
+    "agreement",
     "audit_maps",
     "bias_histograms",
     "bias_of_networks",
@@ -68,4 +78,6 @@ __all__ = [
     "shares_table",
     "std_histograms",
     "std_of_networks",
+    "tube_boxes",
+    "tube_numbers",
 ]
