@@ -13,6 +13,7 @@ from fisherprint.maps import Maps
 from fisherprint.models.two_pool import PARAMETERS
 
 NAMES = ("m0s", "T1", "T2f", "Rx", "B0", "B1")
+CODES = {"0": "fine", "1": "at a bound", "2": "outside of the mask"}
 VERSIONS = {"fisherprint": "0.1.0"}
 
 
@@ -38,10 +39,17 @@ def folder(tmp_path: Path) -> Path:
         ("B1_std", {"Parameter": "B1", "Kind": "standard deviation", "Unit": ""}),
         ("M0", {"Parameter": "M0", "Kind": "estimate", "Unit": ""}),
         ("M0_phase", {"Parameter": "M0_phase", "Kind": "estimate", "Unit": "rad"}),
+        ("residual", {"Parameter": "residual", "Kind": "estimate", "Unit": ""}),
+        ("status", {"Parameter": "status", "Kind": "status", "Unit": "", "Codes": CODES}),
     ):
-        image = nibabel.Nifti1Image(rng.random((3, 4, 2)).astype(np.float32), affine)
+        numbers = rng.random((3, 4, 2)).astype(np.float32)
+        if "Codes" in about:
+            numbers = rng.integers(0, 3, (3, 4, 2)).astype(np.uint8)
+        image = nibabel.Nifti1Image(numbers, affine)
         nibabel.save(image, tmp_path / "maps" / f"{name}.nii.gz")
         (tmp_path / "maps" / f"{name}.json").write_text(json.dumps(about))
+    for name in ("white_matter", "csf"):
+        files.write_mask(tmp_path / "maps" / f"{name}.nii.gz", values[..., 0] > 0.5, volume=volume)
     # Not a map.
     (tmp_path / "maps" / "summary.json").write_text("{}")
     return tmp_path / "maps"
@@ -68,7 +76,8 @@ def test_the_data_set_is_valid_but_for_what_it_tells_to_ignore(folder: Path) -> 
             *("anat/STEM_T1map", "anat/STEM_desc-std_T1map", "anat/STEM_T2map"),
             *("anat/STEM_m0smap", "anat/STEM_desc-std_m0smap", "anat/STEM_Rxmap"),
             *("anat/STEM_B0map", "fmap/STEM_TB1map", "fmap/STEM_desc-std_TB1map"),
-            *("anat/STEM_M0map", "anat/STEM_M0phasemap"),
+            *("anat/STEM_M0map", "anat/STEM_M0phasemap", "anat/STEM_residualmap"),
+            *("anat/STEM_statusmap", "anat/STEM_label-WM_mask", "anat/STEM_label-CSF_mask"),
         )
     }
     ignored = (root / ".bidsignore").read_text().split()
@@ -77,8 +86,8 @@ def test_the_data_set_is_valid_but_for_what_it_tells_to_ignore(folder: Path) -> 
     told = {p for p in everything if any(fnmatch.fnmatch(p, pattern) for pattern in ignored)}
     # Neither is anything unofficial left to be complained of, nor anything official hidden.
     assert unmatched - {".bidsignore"} == told
-    # m0s, its error, Rx, B0, phase of M0: image and sidecar each.
-    assert len(told) == 2 * 5
+    # m0s, its error, Rx, B0, phase of M0, residual, status: image and sidecar each.
+    assert len(told) == 2 * 7
 
 
 def test_images_are_the_same_and_sidecars_say_what_bids_asks_for(folder: Path) -> None:
@@ -110,6 +119,39 @@ def test_images_are_the_same_and_sidecars_say_what_bids_asks_for(folder: Path) -
     assert files.read_json(root / "dataset_description.json") == about
     lines = (root / ".bidsignore").read_text().splitlines()
     assert len(lines) == len(set(lines))
+
+
+def test_codes_stay_whole_numbers_and_masks_are_regions(folder: Path) -> None:
+    root = folder.parent / "derivatives"
+    write_bids(folder, root, Entities("01"), versions=VERSIONS, sources=["bids:raw:sub-01/x"])
+    anat = root / "sub-01" / "anat"
+    status = nibabel.load(anat / "sub-01_statusmap.nii.gz")
+    assert status.get_data_dtype() == np.uint8
+    about = files.read_json(anat / "sub-01_statusmap.json")
+    assert about["Levels"] == CODES and "Units" not in about
+    assert about["Fisherprint"]["Kind"] == "status"
+    for label, name, words in (
+        ("WM", "white_matter", "white matter"),
+        ("CSF", "csf", "csf"),
+    ):
+        mask = nibabel.load(anat / f"sub-01_label-{label}_mask.nii.gz")
+        assert np.array_equal(mask.dataobj, nibabel.load(folder / f"{name}.nii.gz").dataobj)
+        assert files.read_json(anat / f"sub-01_label-{label}_mask.json") == {
+            "Description": f"voxels taken for {words}",
+            "Type": "ROI",
+            "Sources": ["bids:raw:sub-01/x"],
+        }
+
+
+def test_the_ratio_and_other_units_are_carried(folder: Path) -> None:
+    files.state_maps(folder, {"m0s": "F", "B0": "Hz"})
+    root = folder.parent / "derivatives"
+    write_bids(folder, root, Entities("01"), versions=VERSIONS)
+    anat = root / "sub-01" / "anat"
+    assert files.read_json(anat / "sub-01_B0map.json")["Units"] == "Hz"
+    assert files.read_json(anat / "sub-01_Fmap.json")["Description"] == "F, estimate"
+    assert (anat / "sub-01_desc-std_Fmap.nii.gz").exists()
+    assert not list(anat.glob("*m0smap*"))
 
 
 def test_nothing_is_overwritten_unasked(folder: Path) -> None:

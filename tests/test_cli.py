@@ -62,7 +62,7 @@ voxel_size = 12.0
 COMMANDS = (
     *("simulate", "train", "evaluate", "map", "fit", "report", "crb", "run", "demo"),
     *("design", "export", "vary", "reproduce", "bids", "onnx", "models", "ship"),
-    *("reconstruct", "scan"),
+    *("reconstruct", "scan", "regions", "convert"),
 )
 
 
@@ -599,6 +599,41 @@ def test_a_shipped_network_maps_without_its_run(
     assert "expected a shipped network (tiny)" in message
     message = refused("ship", finished[1], "-o", folder)
     assert "already there" in message and "--force" in message
+
+
+def test_maps_are_written_in_the_units_asked_for(
+    finished: tuple[Path, Path], images: Path, tmp_path: Path
+) -> None:
+    mask = finished[1] / "brain" / "mask.nii.gz"
+    arguments = ("map", images, "--mask", mask, "--run", finished[1], "-o", tmp_path / "maps")
+    assert "way to state T1 (s): ms, µs; got 'h'" in refused(*arguments, "--as", "T1=h")
+    assert "unknown parameter 'Rx'" in refused(*arguments, "--as", "Rx=%")
+    for wrong in (["--as", "T1"], ["--as", "T1=ms", "--as", "T1=s"]):
+        assert "expected NAME=UNIT" in call(*arguments, *wrong).err
+    assert not (tmp_path / "maps").exists()
+    done(*arguments, "--as", "T2f=ms", "--as", "m0s=F")
+    old, new = (
+        {
+            path.name.removesuffix(".nii.gz"): nibabel.load(path).get_fdata()
+            for path in folder.glob("*.nii.gz")
+        }
+        for folder in (finished[1] / "maps", tmp_path / "maps")
+    )
+    for name, values in (
+        ("T1", old["T1"]),
+        ("T2f", 1e3 * old["T2f"]),
+        ("F", old["m0s"] / (1 - old["m0s"])),
+    ):
+        # Single precision, and a division by 1 - m0s that is far from 0.
+        np.testing.assert_allclose(new[name], values, rtol=1e-5)
+    assert json.loads((tmp_path / "maps/T2f.json").read_text())["Unit"] == "ms"
+    assert "m0s" not in new
+    # The summary stays in SI units; so do new maps in the same folder.
+    summary = json.loads((tmp_path / "maps/summary.json").read_text())["regions"]["all"]
+    assert summary == json.loads((finished[1] / "maps/summary.json").read_text())["regions"]["all"]
+    done(*arguments, "--overwrite")
+    assert not (tmp_path / "maps/F.nii.gz").exists()
+    assert json.loads((tmp_path / "maps/T2f.json").read_text())["Unit"] == "s"
 
 
 def test_the_networks_of_the_package_are_listed() -> None:

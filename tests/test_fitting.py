@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import signal
@@ -185,6 +186,30 @@ def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
     assert "B1" in free and "B1" not in by_map
 
 
+def test_other_units_are_written_and_not_taken_to_start_from(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "maps"
+    with pytest.raises(KeyError, match="unknown parameter 'B1'"):
+        fitted(run, images, out, stated={"B1": "%"})
+    with pytest.raises(ValueError, match="way to state T1"):
+        fitted(run, images, out, stated={"T1": "min"})
+    assert not out.exists()
+    usual = fitted(run, images, tmp_path / "usual")
+    stated = fitted(run, images, out, stated={"T1": "ms", "m0s": "F"})
+    for name, values in (
+        ("T1_std", 1e3 * usual["T1_std"]),
+        ("F", usual["m0s"] / (1 - usual["m0s"])),
+        ("F_std", usual["m0s_std"] / (1 - usual["m0s"]) ** 2),
+        ("T2f", usual["T2f"]),
+    ):
+        # Single precision.
+        np.testing.assert_allclose(stated[name], values, rtol=1e-6, err_msg=name)
+    assert "m0s" not in stated
+    with pytest.raises(ValueError, match=r"expected T1 in s; .* holds T1 in ms"):
+        fitted(run, images, tmp_path / "again", start=out)
+
+
 def test_starts_of_several_kinds(run: Run, images: Path, tmp_path: Path) -> None:
     """From the network, another run's network, and the most similar fingerprints."""
     from_truth = fitted(run, images, tmp_path / "truth")
@@ -210,6 +235,62 @@ def test_who_computes_does_not_matter(
     with ThreadPoolExecutor(3) as pool:
         fitted(run, images, tmp_path / "three", executor=pool)
     assert contents(tmp_path / "default") == contents(tmp_path / "three")
+
+
+def test_dask_workers_give_the_same_maps(
+    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import LocalCluster
+
+    monkeypatch.setattr(fitting, "CHUNK", 15)
+    fitted(run, images, tmp_path / "local")
+    with (
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            dashboard_address=":0",
+            silence_logs=50,
+        ) as running,
+        stages.workers(scheduler=running.scheduler_address) as pool,
+    ):
+        assert pool.number == 2
+        fitted(run, images, tmp_path / "dask", executor=pool.executor, n_workers=2)
+    assert contents(tmp_path / "dask") == contents(tmp_path / "local")
+
+
+def test_the_forecast_counts_what_is_left(
+    run: Run, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that ticks once a call, a measurement of any fits takes one second."""
+    ticks = itertools.count()
+    monkeypatch.setattr(fitting, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(fitting, "_PROBE", 4)
+    monkeypatch.setattr(fitting, "CHUNK", 8)
+    said: list[str] = []
+    options = {"say": said.append, "progress": silent, "known": {"B1": B1}}
+    options |= {"start": images.parent / "truth", "n_workers": 2}
+    stages.fit_run(run, section(images), tmp_path / "maps", dry_run=True, **options)
+    # 58 voxels, of which 2 workers fit 8 in that second.
+    assert said[-1] == f"expected time: {58 / 8:.0f} s with 2 workers"
+    # Of ten workers, eight get a chunk of 8 voxels; each has fitted 4 in that second.
+    more = options | {"n_workers": 10}
+    stages.fit_run(run, section(images), tmp_path / "maps", dry_run=True, **more)
+    assert said[-1] == "expected time: 2 s with 10 workers"
+    assert not (tmp_path / "maps").exists()
+    # A volume that takes long is forecast unasked, and then fitted.
+    monkeypatch.setattr(fitting, "_WORTH", 0.2)
+    said.clear()
+    stages.fit_run(run, section(images), tmp_path / "maps", **options)
+    assert f"expected time: {58 / 8:.0f} s with 2 workers" in said
+    assert (tmp_path / "maps" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (119, "119 s"), (3600, "60 min"), (9000, "2.5 h")]
+)
+def test_durations_are_for_people(seconds: float, words: str) -> None:
+    assert fitting._duration(seconds) == words
 
 
 CHUNKED = """
@@ -269,6 +350,9 @@ def call(*arguments: str) -> tuple[int, str]:
 
 def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) -> None:
     arguments = words(run, images, tmp_path / "maps")
+    code, said = call(*arguments, "--dry-run")
+    assert code == 0 and "58 voxels in 1 chunks\nexpected time: " in said
+    assert not (tmp_path / "maps").exists()
     code, said = call(*arguments)
     assert code == 0, said
     assert "58 voxels fitted, 1 failed, 0 did not converge" in said

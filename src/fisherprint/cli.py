@@ -57,6 +57,8 @@ _Scheduler = Annotated[
     str | None,
     typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler."),
 ]
+# Shown by `convert`: the helps of `map` and `fit` fill a screen.
+_As = Annotated[list[str] | None, typer.Option("--as", metavar="NAME=UNIT", hidden=True)]
 _Force = Annotated[bool, typer.Option("--force", help="Replace earlier results.")]
 _RepetitionTime = Annotated[
     float | None, typer.Option(metavar="MS", help="Repetition time in ms; .mat has none.")
@@ -260,6 +262,7 @@ def map_(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace maps that are there.")
     ] = False,
+    stated: _As = None,
 ) -> None:
     """Map coefficient images with a trained network."""
     from fisherprint import experiment as stages
@@ -291,6 +294,7 @@ def map_(
             output,
             force=force,
             overwrite=overwrite,
+            stated=_stated(stated or ()),
             say=display.say,
             progress=display.progress,
         )
@@ -307,8 +311,9 @@ def fit(
     run: Annotated[Path, typer.Option(metavar="RUN", help="Run folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps.")],
     key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
-    mask: Annotated[Path | None, typer.Option(help="Mask; else automatic.")] = None,
-    mask_key: Annotated[str | None, typer.Option(help="Its name in MASK or COEFFICIENTS.")] = None,
+    # As in `map`: keys stand beside their files.
+    mask: Annotated[Path | None, typer.Option(help="Or --mask-key NAME; else automatic.")] = None,
+    mask_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     known: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE|MAP", help="Not fitted; repeated.")
     ] = None,
@@ -320,9 +325,11 @@ def fit(
     ] = None,
     workers: _Workers = None,
     scheduler: _Scheduler = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace maps that are there.")
     ] = False,
+    stated: _As = None,
 ) -> None:
     """Fit coefficient images by least squares."""
     from fisherprint import experiment as stages
@@ -338,11 +345,15 @@ def fit(
             known=dict(_fixed(word) for word in known or ()),
             start=None if start is None else int(start) if start.isdigit() else Path(start),
             overwrite=overwrite,
+            stated=_stated(stated or ()),
             executor=pool.executor,
+            n_workers=pool.number,
+            dry_run=dry_run,
             say=display.say,
             progress=display.progress,
         )
-        display.say(f"maps: {output}")
+        if not dry_run:
+            display.say(f"maps: {output}")
 
 
 def _fixed(word: str) -> tuple[str, float | Path]:
@@ -388,6 +399,68 @@ def bids(
         force=force,
     )
     typer.echo(f"{len(paths)} images: {paths[0].parent.parent}")
+
+
+@app.command()
+def regions(
+    maps: Annotated[Path, typer.Argument(metavar="MAPS", help="Folder of maps.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="TABLE", help="A .csv or .tsv.")
+    ],
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Image of labels; else white matter and CSF of MAPS."),
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Their names: .json, or a table with index and name."),
+    ] = None,
+    force: _Force = False,
+) -> None:
+    """Medians, quartiles, means and error bars of maps over regions, as a table.
+
+    Example: fisherprint regions maps --labels atlas.nii.gz -o regions.csv
+    """
+    from fisherprint import experiment as stages
+
+    rows = stages.region_table(
+        maps, output, labels=labels, names=names, force=force, say=typer.echo
+    )
+    found = len({row.label for row in rows})
+    typer.echo(f"{found} regions, {len(rows) // found} parameters: {output}")
+
+
+@app.command()
+def convert(
+    maps: Annotated[Path, typer.Argument(metavar="MAPS", help="Folder of maps, SI units.")],
+    ways: Annotated[
+        list[str], typer.Argument(metavar="NAME=UNIT", help="Such as T1=ms, B0=Hz or m0s=F.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps to write.")
+    ],
+) -> None:
+    """State maps and their error bars in other units; F is the ratio m0s/(1 - m0s).
+
+    `map` and `fit` write them so with --as NAME=UNIT, which may be repeated.
+
+    Example: fisherprint convert maps T1=ms m0s=F -o maps-ms
+    """
+    from fisherprint import files
+
+    for path in files.convert_maps(maps, output, _stated(ways)):
+        typer.echo(f"written: {path}")
+
+
+def _stated(words: Sequence[str]) -> dict[str, str]:
+    """NAME=UNIT each."""
+    stated = {}
+    for word in words:
+        name, equals, unit = word.partition("=")
+        if not (name and equals and unit) or name in stated:
+            raise typer.BadParameter(f"expected NAME=UNIT, once a name; got {word!r}.")
+        stated[name] = unit
+    return stated
 
 
 @app.command()

@@ -51,6 +51,7 @@ from fisherprint.experiment.reconstructing import (
     reconstruct_run,
     scan_brain,
 )
+from fisherprint.experiment.regional import region_table
 from fisherprint.experiment.reproduction import reproduce
 from fisherprint.experiment.schema import (
     BrainSection,
@@ -109,6 +110,7 @@ __all__ = [
     "read_design",
     "read_trains",
     "reconstruct_run",
+    "region_table",
     "report_run",
     "reproduce",
     "require_absent",

@@ -6,10 +6,11 @@ import functools
 import hashlib
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,10 @@ _ENTRIES = 16384
 _STARTS = 4
 # Tasks submitted before their turn: a chunk is a fraction of a megabyte.
 _AHEAD = 64
+# Voxels that each worker fits to forecast the time: a group of the kernel's lanes, some seconds.
+_PROBE = 64
+# Unasked, a forecast may take this share of the time that it foretells.
+_WORTH = 1 / 16
 _ARRAYS = ("theta", "std", "m0", "residual", "iterations", "reason")
 # What is mapped beside the parameters and their standard deviations.
 _BESIDE = (
@@ -54,6 +59,8 @@ _BESIDE = (
 )
 
 Arrays = dict[str, NDArray[Any]]
+# Number of a chunk, its coefficients with known parameters behind them, and its starts.
+_Task = tuple[int, NDArray[np.complex128], NDArray[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +77,14 @@ class Voxels:
     known: Mapping[str, NDArray[np.float64]]
     start: Mapping[str, NDArray[np.float64]]
 
+    def at(self, where: NDArray[np.intp]) -> Voxels:
+        """Those with some indices."""
+        known, start = (
+            {name: values[where] for name, values in maps.items()}
+            for maps in (self.known, self.start)
+        )
+        return Voxels(self.x[where], known, start)
+
     @property
     def digest(self) -> str:
         """SHA-256 of all of it."""
@@ -85,7 +100,10 @@ def fit_run(
     known: Mapping[str, float | Path] | None = None,
     start: int | Path | None = None,
     overwrite: bool = False,
+    stated: Mapping[str, str] | None = None,
     executor: Executor | None = None,
+    n_workers: int | None = None,
+    dry_run: bool = False,
     say: Say,
     progress: Progress,
 ) -> None:
@@ -102,8 +120,11 @@ def fit_run(
             like it; or a folder of maps, or a run with a network, whose estimates replace those
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
         overwrite: replace maps that are there.
+        stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
-        say: told what is assumed and found.
+        n_workers: how many tasks it computes at once; as many as there are cores if None.
+        dry_run: only say what it takes, from fits of some voxels, and write nothing.
+        say: told what is assumed and found, and of a large volume first how long it will take.
         progress: told how many voxels are done.
 
     Raises:
@@ -134,6 +155,7 @@ def fit_run(
         inputs=tuple(voxels.known),
         bounds=_bounds(_prior(run, model, pulses), model),
     )
+    files.conversions(_described(model, estimator), stated or {})  # refused now, not in the end
     content = (
         *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
         *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
@@ -149,7 +171,22 @@ def fit_run(
     done = size - sum(min(CHUNK, size - number * CHUNK) for number in missing)
     task = functools.partial(_fitted, estimator, section.noise_std)
     with simulate.workers(executor) as pool:
-        tasks = _tasks(voxels, missing, _dictionary(data), n_starts)
+        entries, number = _dictionary(data), n_workers or _threads.usable()
+        if dry_run or _PROBE * number < _WORTH * (size - done):
+            seconds = 0.0
+            if missing:
+                undone = [np.arange(n * CHUNK, min((n + 1) * CHUNK, size)) for n in missing]
+                seconds = _forecast(
+                    voxels.at(np.concatenate(undone)),
+                    lambda part: next(_tasks(part, [0], entries, n_starts)),
+                    task,
+                    pool,
+                    number,
+                )
+            say(f"expected time: {_duration(seconds)} with {number} workers")
+        if dry_run:
+            return
+        tasks = _tasks(voxels, missing, entries, n_starts)
         for (number, *_), arrays in simulate.apply(pool, task, tasks, ahead=_AHEAD, ordered=False):
             files.write_arrays(_file(folder, number), arrays)
             done += len(arrays["theta"])
@@ -167,6 +204,8 @@ def fit_run(
     }
     _write(out, volume, mask, model, estimator, found, provenance, say)
     shutil.rmtree(out / "chunks")
+    if stated:
+        files.state_maps(out, stated)
 
 
 def _images(
@@ -283,6 +322,11 @@ def _bounds(prior: Prior, model: SignalModel) -> dict[str, tuple[float, float]]:
     }
 
 
+def _described(model: SignalModel, estimator: fit.LeastSquares) -> list[Parameter]:
+    """The parameters that are fitted."""
+    return [model.parameters[model.index(name)] for name in estimator.estimated or ()]
+
+
 def _dictionary(data: DataSet) -> fit.Dictionary:
     """Fingerprints of the data set, to start from the most similar ones."""
     some = data.samples["training"]
@@ -291,8 +335,8 @@ def _dictionary(data: DataSet) -> fit.Dictionary:
 
 def _tasks(
     voxels: Voxels, numbers: list[int], entries: fit.Dictionary, n_starts: int
-) -> Iterator[tuple[int, NDArray[np.complex128], NDArray[np.float64]]]:
-    """Number, coefficients with known parameters behind them, and starts of some chunks."""
+) -> Iterator[_Task]:
+    """Some chunks, ready to be fitted."""
     for number in numbers:
         part = slice(number * CHUNK, (number + 1) * CHUNK)
         x = voxels.x[part]
@@ -305,10 +349,43 @@ def _tasks(
         yield number, given.astype(np.complex128), starts
 
 
+def _forecast(
+    voxels: Voxels,
+    prepare: Callable[[Voxels], _Task],
+    task: Callable[[_Task], Arrays],
+    pool: Executor,
+    n_workers: int,
+) -> float:
+    """Seconds that voxels will take, from fits of some of them on all workers at once.
+
+    No worker gets less than a chunk.
+    """
+
+    def measured(each: int) -> float:
+        picked = np.linspace(0, len(voxels.x) - 1, min(len(voxels.x), each * n_workers))
+        parts = [part for part in np.array_split(picked.astype(np.intp), n_workers) if len(part)]
+        tasks = [prepare(voxels.at(part)) for part in parts]
+        began = perf_counter()
+        for _ in simulate.apply(pool, task, tasks, ahead=n_workers, ordered=False):
+            pass
+        return (perf_counter() - began) * len(parts) / len(picked)
+
+    measured(1)  # loads or compiles the model
+    size = len(voxels.x)
+    return max(size / n_workers, min(size, CHUNK)) * measured(_PROBE)
+
+
+def _duration(seconds: float) -> str:
+    """For people."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _fitted(
     estimator: fit.LeastSquares,
     noise_std: float | None,
-    task: tuple[int, NDArray[np.complex128], NDArray[np.float64]],
+    task: _Task,
 ) -> Arrays:
     """The fit of one chunk, by one worker with one thread."""
     _, given, starts = task
@@ -341,7 +418,7 @@ def _write(
     say: Say,
 ) -> None:
     """Maps, regions and the summary."""
-    described = [model.parameters[model.index(name)] for name in estimator.estimated or ()]
+    described = _described(model, estimator)
     columns = [model.index(parameter.name) for parameter in described]
     failed = int((found["reason"] > fit.Reason.ITERATIONS).sum())
 
@@ -361,6 +438,7 @@ def _write(
         )
         return result
 
+    files.remove_converted(out)  # of earlier maps
     result = write(described, found["theta"][:, columns])
     write(described, found["std"][:, columns], kind="standard deviation")
     norm = np.linalg.norm(volume.data[mask], axis=1)

@@ -98,6 +98,7 @@ def map_run(
     out: Path,
     *,
     force: bool = False,
+    stated: Mapping[str, str] | None = None,
     overwrite: bool = False,
     say: Say,
     progress: Progress,
@@ -110,6 +111,7 @@ def map_run(
         out: folder for one NIfTI and one JSON a parameter; `white_matter.nii.gz` and `csf.nii.gz`
             where they can be found, and `summary.json` with medians and quartiles.
         force: map images of another basis all the same.
+        stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         overwrite: replace maps that are there.
         say: told what is assumed and found.
         progress: told how many voxels are done.
@@ -128,6 +130,8 @@ def map_run(
         )
     trained = run if isinstance(run, Trained) else open_trained(run)
     network, card, model = trained.network, trained.card, trained.model
+    # What cannot be stated is refused now.
+    files.conversions([model.parameters[model.index(n)] for n in card["estimated"]], stated or {})
     volume = files.read_coefficients(
         section.coefficients,
         key=section.key,
@@ -190,6 +194,7 @@ def map_run(
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
     regions = regions_of(result, say)
+    files.remove_converted(out)  # of earlier maps
     for name in REGIONS:
         path = out / region_file(name)
         path.unlink(missing_ok=True)  # of earlier maps
@@ -201,6 +206,8 @@ def map_run(
         out / "summary.json",
         {"regions": statistics, "failed_voxels": result.n_failed, "provenance": provenance},
     )
+    if stated:
+        files.state_maps(out, stated)
     say(f"{int(result.mask.sum())} voxels mapped, {result.n_failed} failed")
     for region, numbers in statistics.items():
         for parameter in described:

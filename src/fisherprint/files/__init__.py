@@ -44,6 +44,14 @@ from fisherprint.files.records import (
     write_text,
     write_toml,
 )
+from fisherprint.files.stating import (
+    conversions,
+    convert_maps,
+    described_maps,
+    remove_converted,
+    state_maps,
+)
+from fisherprint.files.tables import read_label_names, read_labels, require_table, write_table
 from fisherprint.files.volumes import (
     PlacedMaps,
     Volume,
@@ -69,6 +77,9 @@ __all__ = [
     "Volume",
     "append_jsonl",
     "assemble_dataset",
+    "conversions",
+    "convert_maps",
+    "described_maps",
     "file_digest",
     "load_network_files",
     "open_cfl",
@@ -81,6 +92,8 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "read_kspace",
+    "read_label_names",
+    "read_labels",
     "read_map",
     "read_maps",
     "read_mask",
@@ -90,8 +103,11 @@ __all__ = [
     "read_tissue_maps",
     "read_toml",
     "recorded_basis",
+    "remove_converted",
     "require_file",
+    "require_table",
     "save_network",
+    "state_maps",
     "to_toml",
     "write_arrays",
     "write_audit",
@@ -109,6 +125,7 @@ __all__ = [
     "write_mask",
     "write_search",
     "write_shard",
+    "write_table",
     "write_text",
     "write_toml",
 ]

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fisherprint import _storage
-from fisherprint._storage import UnreadableFileError
 from fisherprint.files.records import OutputExistsError, read_json, write_json, write_text
+from fisherprint.files.stating import ERROR, described_maps
 
 BIDS_VERSION = "1.11.0"
-# What a map shows, as its sidecar says under `Kind`.
-_ESTIMATE, _ERROR = "estimate", "standard deviation"
-
 _REFERENCE = "https://doi.org/10.1002/mrm.29206"
 # Suffix, description and unit of what has an official suffix, by parameter.
 _OFFICIAL = {
@@ -32,6 +29,10 @@ _OFFICIAL = {
     "B1": ("TB1map", "", ""),
 }
 _FIELD_MAPS = ("TB1map",)
+# BIDS' labels of tissues, by the name of the mask beside the maps.
+_MASKS = {"white_matter": "WM", "csf": "CSF"}
+# Where a sidecar says what the whole numbers of an image stand for.
+_CODES = "Codes"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def write_bids(
     T1 (of the pools apart: `desc-free`, `desc-semisolid`), T2, |M0| and B1 have official
     suffixes. All else has suffixes of ours, which `.bidsignore` lists: the parameter's name and
     `map`, such as `m0smap`, `Rxmap` or `T2smap`. A standard deviation has the suffix of its
-    parameter and `desc-std`. `_` in a name of ours is left out.
+    parameter and `desc-std`. `_` in a name of ours is left out. Masks of white matter and CSF are
+    `label-WM_mask` and `label-CSF_mask`. An image of codes stays one of whole numbers, and its
+    sidecar has them under `Levels`, BIDS' name for such a dictionary.
 
     Args:
         maps: folder that `write_maps` wrote.
@@ -124,7 +127,9 @@ def write_bids(
         OutputExistsError: there are images of these entities, or the data set is no derivative.
         ValueError: an official map in another unit than that of its suffix.
     """
-    images = [_planned(image, about) for image, about in _found(Path(maps))]
+    found = described_maps(maps)
+    images = [_planned(Path(maps) / f"{stem}.nii.gz", about) for stem, about in found.items()]
+    images += _masks(Path(maps))
     root = Path(root)
     description = _description(root, versions)
     targets = [
@@ -149,26 +154,10 @@ def write_bids(
     return targets
 
 
-def _found(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Images of a folder of maps with what their sidecars say."""
-    found = []
-    for sidecar in sorted(folder.glob("*.json")):
-        image = sidecar.with_suffix(".nii.gz")
-        if image.exists() and "Parameter" in (about := read_json(sidecar)):
-            # Early versions wrote estimates alone.
-            found.append((image, {"Kind": _ESTIMATE} | about))
-    if not found:
-        raise UnreadableFileError(
-            f"expected a folder of maps with their sidecars; {folder} holds none. "
-            "Make maps first, with fisherprint map."
-        )
-    return found
-
-
 def _planned(source: Path, about: Mapping[str, Any]) -> _Image:
     """Where an image belongs."""
     name = about["Parameter"]
-    error = "std" if about["Kind"] == _ERROR else ""
+    error = "std" if about["Kind"] == ERROR else ""
     if name not in _OFFICIAL:
         described = f"desc-{error}_" if error else ""
         plain = name.replace("_", "")
@@ -183,6 +172,21 @@ def _planned(source: Path, about: Mapping[str, Any]) -> _Image:
     datatype = "fmap" if suffix in _FIELD_MAPS else "anat"
     full = f"desc-{label}_{suffix}" if label else suffix
     return _Image(source, about, datatype, full, official=True)
+
+
+def _masks(folder: Path) -> list[_Image]:
+    """Masks beside the maps; they have no sidecars."""
+    return [
+        _Image(
+            folder / f"{stem}.nii.gz",
+            {"Description": f"voxels taken for {stem.replace('_', ' ')}", "Type": "ROI"},
+            "anat",
+            f"label-{label}_mask",
+            official=True,
+        )
+        for stem, label in _MASKS.items()
+        if (folder / f"{stem}.nii.gz").exists()
+    ]
 
 
 def _description(root: Path, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -219,11 +223,17 @@ def _ignore(root: Path, patterns: Sequence[str]) -> None:
 def _sidecar(image: _Image, sources: Sequence[str]) -> dict[str, Any]:
     """BIDS' own fields first, then all that the map's sidecar says."""
     about, own = image.about, image.about.get("Source")
-    fields = {
+    source = {"Sources": list(sources) or ([own] if own else [])}
+    if "Parameter" not in about:
+        return {**about, **source}
+    meaning: dict[str, Any] = {"Units": about["Unit"] or ("arbitrary" if image.official else "1")}
+    if _CODES in about:
+        meaning = {"Levels": about[_CODES]}
+    return {
         "Description": f"{about['Parameter']}, {about['Kind']}",
-        "Units": about["Unit"] or ("arbitrary" if image.official else "1"),
+        **meaning,
         "EstimationAlgorithm": about.get("Provenance", {}).get("estimator", "neural network"),
         "EstimationReference": _REFERENCE,
-        "Sources": list(sources) or ([own] if own else []),
+        **source,
+        "Fisherprint": dict(about),
     }
-    return fields | {"Fisherprint": dict(about)}

@@ -152,9 +152,11 @@ def read_map(path: str | Path, shape: Sequence[int], *, name: str) -> NDArray[np
 
     Raises:
         UnreadableFileError: no such file, damaged, foreign, without that array.
-        ValueError: complex values, or another shape than the volume's.
+        ValueError: complex values, another shape than the volume's, or a map of ours that is
+            stated in another unit than SI.
     """
     path = Path(path)
+    _require_si(path)
     array = _read_image(path, name if _suffix(path) in _KEYED else None).array
     # BART knows no real numbers.
     if np.iscomplexobj(array):
@@ -192,18 +194,59 @@ class PlacedMaps:
     affine: NDArray[np.float64] | None
 
 
-def read_maps(folder: str | Path, names: Sequence[str]) -> PlacedMaps:
+def read_maps(folder: str | Path, names: Sequence[str], *, as_stated: bool = False) -> PlacedMaps:
     """The maps that `write_maps` wrote.
+
+    Args:
+        folder: of the maps.
+        names: of the files, without their suffix.
+        as_stated: take maps that are stated in other units as they are.
 
     Raises:
         UnreadableFileError: one is missing, damaged or foreign.
+        ValueError: one in other units than SI, or of another shape than the first.
     """
+    if not as_stated:
+        for name in names:
+            _require_si(Path(folder) / f"{name}.nii.gz")
     images = [_read_nifti(Path(folder) / f"{name}.nii.gz") for name in names]
+    first, affine, header = images[0]
+    for name, (image, _, _) in zip(names, images, strict=True):
+        axes = [*zip("XYZ", first.shape, strict=False)]
+        _checks.shape(f"the map {name} in {folder}", image, axes)
     values = np.stack([np.asarray(image, dtype=np.float64) for image, _, _ in images], axis=-1)
     inside: NDArray[np.bool_] = np.asarray(np.isfinite(values).all(axis=-1))
-    _, affine, header = images[0]
+    return PlacedMaps(Maps(tuple(names), values, inside, 0), inside, _place(affine, header))
+
+
+def _require_si(path: Path) -> None:
+    """Refuse a map whose sidecar says that it was converted."""
+    sidecar = _sidecar_of(path)
+    done = read_json(sidecar).get("Conversion") if sidecar.is_file() else None
+    if done is not None:
+        raise ValueError(
+            f"expected {done['Parameter']} in {done['Unit'] or 'SI units'}; {path} holds "
+            f"{done['Formula']}. Name the map from before it was converted."
+        )
+
+
+def read_place(path: str | Path) -> NDArray[np.float64] | None:
+    """Voxel index -> mm of an image, shape (4, 4); None if it does not say.
+
+    Raises:
+        UnreadableFileError: no such file, damaged, foreign.
+    """
+    if _suffix(Path(path)) not in _NIFTI:
+        return None
+    _, affine, header = _read_nifti(Path(path))
+    return _place(affine, header)
+
+
+def _place(
+    affine: NDArray[np.float64], header: nibabel.Nifti1Header
+) -> NDArray[np.float64] | None:
     placed = int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0
-    return PlacedMaps(Maps(tuple(names), values, inside, 0), inside, affine if placed else None)
+    return affine if placed else None
 
 
 def read_basis(path: str | Path, *, key: str, n_samples: int) -> Basis:
