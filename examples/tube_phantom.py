@@ -122,6 +122,7 @@ def section(config):
         mask=folder / "mask.nii.gz",
         noise_std=1 / asked.snr if config.snr_input else None,
         known={name: folder / "truth" / f"{name}.nii.gz" for name in config.inputs},
+        errors=False,
     )
 
 

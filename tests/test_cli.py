@@ -364,10 +364,26 @@ def test_finished_results_are_kept_without_force(
         assert contents(run) == before
 
 
-def test_noise_is_refused_by_a_network_that_is_not_given_it(run: Path, images: Path) -> None:
-    message = refused("map", images, "--run", run, "-o", run / "own", "--noise-std", 0.1)
-    assert "got 0.1" in message and "snr_input = False" in message
-    assert not (run / "own").exists()
+def test_the_noise_of_images_is_taken_by_any_network(
+    run: Path, finished: tuple[Path, Path], images: Path, tmp_path: Path
+) -> None:
+    """For the error bars, which are proportional to it; or there are none."""
+    mask = finished[1] / "brain" / "mask.nii.gz"
+    arguments = ("map", images, "--mask", mask, "--run", run)
+    stds = []
+    for noise_std in (0.1, 0.2):
+        out = tmp_path / str(noise_std)
+        assert f"noise σ {noise_std} as given" in done(
+            *arguments, "-o", out, "--noise-std", noise_std
+        )
+        stds.append(np.asarray(nibabel.load(out / "T1_std.nii.gz").dataobj))
+    inside = np.isfinite(stds[0])
+    assert inside.any()
+    # Stored in single precision.
+    np.testing.assert_allclose(stds[1][inside], 2 * stds[0][inside], rtol=1e-6)
+    said = done(*arguments, "-o", tmp_path / "bare", "--no-errors")
+    assert "noise" not in said and "status: " in said
+    assert not (tmp_path / "bare" / "T1_std.nii.gz").exists()
 
 
 def test_a_training_goes_on_or_starts_again(run: Path) -> None:

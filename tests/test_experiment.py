@@ -7,18 +7,21 @@ import inspect
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
 import h5py
+import nibabel
 import numpy as np
 import pytest
 import scipy.io
 import torch
 from pydantic import BaseModel, ValidationError
 
-from fisherprint import evaluate, files, fisher, inference, maps, report, sequence
+from fisherprint import evaluate, files, fisher, fit, inference, maps, report, sequence
 from fisherprint import experiment as stages
+from fisherprint.error_bars import ErrorBars, Noise
 from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentError, Run
 from fisherprint.files import OutputExistsError, UnreadableFileError
 from fisherprint.models.protocol import SignalModel
@@ -272,7 +275,6 @@ def test_a_given_basis_takes_the_place_of_a_rank(inputs: Path) -> None:
         (merged(MAP, {"map": {"basis_key": "U"}}), "expected a basis with its basis_key"),
         (merged(MAP, {"map": {"ranges": {"T9": [0, 1]}}}), "m0s, T1, T2f; got 'T9'"),
         (MAP | {"brain": {}}, r"expected \[map\] or \[brain\]"),
-        (merged(MAP, {"map": {"noise_std": 0.1}}), "got 0.1 and snr_input = False"),
         (merged(MAP, {"training": {"snr_input": True}}), "got None and snr_input = True"),
         ({"training": {"inputs": ["B2"]}}, "expected parameters of the model.*got 'B2'"),
         (merged(MAP, {"training": {"inputs": ["B1"]}}), r"inputs, B1; missing are B1, superf"),
@@ -345,12 +347,23 @@ def brain(run: Run) -> list[np.ndarray]:
     return [files.read_coefficients(section.coefficients).data]
 
 
+def brain_asks(run: Run) -> list[np.ndarray]:
+    """Whether its maps are to have error bars."""
+    return [np.array(stages.make_brain(run, progress=silent).errors)]
+
+
 def compared(run: Run) -> list[np.ndarray]:
     """Which basis the images are said to have, whether or not it is the network's."""
     section = run.experiment.map
     stages.map_run(run, section, run.maps, force=True, say=silent, progress=silent)
     provenance = files.read_json(run.maps / "summary.json")["provenance"]
     return [np.array(provenance["basis_of_images_sha256"])]
+
+
+def beside(run: Run) -> list[np.ndarray]:
+    """What there is beside the estimates."""
+    mapped(run)
+    return [np.array(sorted(path.name for path in run.maps.glob("*.nii.gz")))]
 
 
 def picture(run: Run) -> list[np.ndarray]:
@@ -406,6 +419,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.mask": (mapped, MAP, {"map": {"mask": "mask.npy"}}),
     "map.mask_key": (mapped, INSIDE, {"map": {"mask_key": "left"}}),
     "map.noise_std": (trained_and_mapped, SNR_INPUT, {"map": {"noise_std": 0.6}}),
+    "map.errors": (beside, MAP, {"map": {"errors": False}}),
     "map.precision": (mapped, FLOAT32, {"map": {"precision": "bfloat16"}}),
     "map.known": (trained_and_mapped, KNOWN, {"map": {"known": {"B1": "other-b1.npy"}}}),
     "map.basis": (compared, OWN, {"map": {"basis": "basis.h5"}}),
@@ -414,6 +428,7 @@ FIELDS: dict[str, tuple[Callable[[Run], list[np.ndarray]], dict[str, Any], dict[
     "map.ranges": (picture, MAP, {"map": {"ranges": {"T2f": [0.0, 1.0]}}}),
     "brain.snr": (brain, {"brain": {}}, {"brain": {"snr": 51.0}}),
     "brain.voxel_size": (brain, {"brain": {}}, {"brain": {"voxel_size": 60.0}}),
+    "brain.errors": (brain_asks, {"brain": {}}, {"brain": {"errors": True}}),
     "brain.seed": (brain, {"brain": {}}, {"brain": {"seed": 3}}),
 }
 
@@ -464,7 +479,7 @@ def test_every_field_matters(
         folder.mkdir()
         if observe is not data_set:
             (folder / "dataset.h5").symlink_to(trained.dataset)
-        if observe in (audit, mapped, compared, picture):
+        if observe in (audit, mapped, beside, compared, picture):
             (folder / "network").symlink_to(trained.network)
         results.append(observe(Run(folder, read(inputs, content))))
     first, again, changed = results
@@ -754,8 +769,6 @@ def test_a_start_of_other_parameters_or_another_basis_is_refused(run: Run, input
 def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> None:
     run = Run(run.folder, read(inputs, merged(TINY, SNR_INPUT)))
     silent_map = {"overwrite": True, "say": silent, "progress": silent}
-    with pytest.raises(ExperimentError, match=r"and none without; got 0.5, and .* = False"):
-        stages.map_run(run, run.experiment.map, run.maps, **silent_map)
     stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
     stages.evaluate_run(run, say=silent, progress=silent)
     assert np.isfinite(files.read_audit(run.audit)[1].loss)
@@ -774,6 +787,137 @@ def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> 
     bare = run.experiment.map.model_copy(update={"noise_std": None})
     with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
         stages.map_run(run, bare, run.maps, **silent_map)
+
+
+# Error bars.
+
+
+def images_of(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj)
+
+
+def noisy_volume(trained: Run, out: Path) -> stages.MapSection:
+    """Fingerprints of the training with noise of σ = 0.01, one voxel without signal, one unlike
+    any; a mask that leaves out two."""
+    data, _, _ = stages.read_data(trained)
+    rng = np.random.default_rng(13)
+    x = data.samples["training"].coefficients[:60]
+    x = x + 0.01 * rng.standard_normal((*x.shape, 2)) @ [1, 1j]
+    x[5] = 0
+    x[6] = x[6, ::-1] + 0.5
+    np.save(out / "x.npy", x.reshape(5, 4, 3, RANK))
+    inside = np.ones((5, 4, 3), dtype=bool)
+    inside.flat[:2] = False
+    np.save(out / "mask.npy", inside)
+    return stages.MapSection(
+        coefficients=out / "x.npy", mask=out / "mask.npy", noise_std=0.01, precision="float32"
+    )
+
+
+def test_beside_estimates_are_error_bars_scale_misfit_and_status(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, said = noisy_volume(run, tmp_path), []
+    # A range that leaves out half of what the network says, and a bound that it passes.
+    network, card = stages.load_network(run)
+    x = np.load(section.coefficients).astype(np.complex64)
+    inside = np.load(section.mask)
+    inside.flat[5] = False
+    estimates = np.full((*inside.shape, 2), np.nan)
+    estimates[inside] = as_estimator(network, precision="float32")(x[inside])
+    m0s, T2f = np.moveaxis(estimates, -1, 0)
+    card["ranges"]["T2f"] = [float(np.nanmedian(T2f)), 10.0]
+    files.save_network(run.network, network.state_dict(), card)
+    stages.map_run(run, section, run.maps, say=said.append, progress=silent)
+    data, _, model = stages.read_data(run)
+    entries = fit.Dictionary(
+        data.names, data.samples["training"].theta, data.samples["training"].coefficients
+    )
+    bounds = {name: tuple(limits) for name, limits in card["ranges"].items()}
+    names = ("m0s", "T2f")
+    bars = ErrorBars(model, data.basis, names, (), entries, bounds)(x[inside], estimates[inside])
+    for e, name in enumerate(names):
+        found = images_of(run.maps / f"{name}_std.nii.gz")
+        # The same numbers in the same batch, stored in single precision.
+        np.testing.assert_allclose(found[inside], 0.01 * bars.std[:, e], rtol=1e-5)
+        assert np.isnan(found[~inside]).all()
+        about = files.read_json(run.maps / f"{name}_std.json")
+        assert (about["Kind"], about["Parameter"]) == ("standard deviation", name)
+        assert about["Provenance"]["noise"]["source"] == "given"
+    M0, phase, relative = (
+        images_of(run.maps / f"{name}.nii.gz")[inside] for name in ("M0", "M0_phase", "residual")
+    )
+    np.testing.assert_allclose(M0 * np.exp(1j * phase), bars.m0, rtol=1e-5)
+    norm = np.linalg.norm(x[inside], axis=1)
+    np.testing.assert_allclose(relative, bars.residual / norm, rtol=1e-5)
+    # What is wrong with each voxel, from the first code to the last.
+    status = files.read_status(run.maps, inside.shape)
+    expected = np.zeros(inside.shape, dtype=np.uint8)
+    misfit = np.zeros(inside.shape, dtype=bool)
+    limit = 2 * Noise(0.01, "given", 0.01).largest_residual(2 * RANK - 7)
+    misfit[inside] = bars.residual > limit
+    margin = 0.05 * np.ptp(card["ranges"]["T2f"])
+    expected[misfit] = maps.Status.MISFIT
+    expected[T2f < np.nanmedian(T2f) - margin] = maps.Status.OUTSIDE_RANGE
+    expected[(m0s <= 0) | (T2f <= 1e-4)] = maps.Status.AT_BOUND
+    expected.flat[5] = maps.Status.NOT_FINITE
+    expected.flat[:2] = maps.Status.OUTSIDE_MASK
+    np.testing.assert_array_equal(status, expected)
+    assert misfit.flat[6]
+    summary = files.read_json(run.maps / "summary.json")
+    assert summary["status"] == maps.counted(expected) and summary["failed_voxels"] == 1
+    assert summary["provenance"]["noise"]["std"] == 0.01
+    assert any(line.startswith("noise σ 0.01 as given; the residuals tell ") for line in said)
+    assert any(re.match(r"status: .*\b1 not finite", line) for line in said)
+    # Who computes does not matter.
+    monkeypatch.setattr("fisherprint.experiment.bars._CHUNK", 7)
+    with ThreadPoolExecutor(3) as pool:
+        for name, executor in (("default", None), ("three", pool)):
+            out = tmp_path / name
+            stages.map_run(run, section, out, executor=executor, say=silent, progress=silent)
+    for name in ("m0s_std", "M0", "residual", "status"):
+        one, other, whole = (
+            images_of(folder / f"{name}.nii.gz")
+            for folder in (tmp_path / "default", tmp_path / "three", run.maps)
+        )
+        np.testing.assert_array_equal(one, other)
+        # In other batches, rounding decides where a few searches in so poor a basis turn.
+        assert np.isclose(one, whole, rtol=1e-3, equal_nan=True).mean() > 0.9, name
+    # The report shows them.
+    shown = Run(run.folder, run.experiment.model_copy(update={"map": section}))
+    text = stages.report_run(shown).read_text()
+    assert "Error bars" in text and "(from: given)" in text
+    # Without, none of these are left, and the status is that of the estimates.
+    bare = section.model_copy(update={"errors": False})
+    stages.map_run(run, bare, run.maps, overwrite=True, say=silent, progress=silent)
+    left = {path.name.split(".")[0] for path in run.maps.glob("*.json")}
+    assert left == {"m0s", "T2f", "status", "summary"}
+    expected[expected == maps.Status.MISFIT] = maps.Status.FINE
+    np.testing.assert_array_equal(files.read_status(run.maps, inside.shape), expected)
+    assert "noise" not in files.read_json(run.maps / "summary.json")["provenance"]
+    assert "Error bars" in stages.report_run(shown).read_text()
+
+
+def test_what_error_bars_take_is_said_before(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, said = noisy_volume(run, tmp_path), []
+    monkeypatch.setattr("fisherprint.experiment.bars._SMALL", 10)
+    monkeypatch.setattr("fisherprint.experiment.bars._FEW", 4)
+    seen = []
+    stages.map_run(
+        run,
+        section.model_copy(update={"noise_std": None}),
+        run.maps,
+        say=said.append,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
+    told = r"error bars of 57 voxels take about \d+ s \([\d.]+ ms each\); --no-errors leaves"
+    assert any(re.match(told, line) for line in said)
+    assert seen[-1] == ("error bars", 57, 57)
+    # Nobody gave σ, and there is no background.
+    noise = files.read_json(run.maps / "status.json")["Provenance"]["noise"]
+    assert noise["source"] == "residuals" and noise["std"] == noise["of_residuals"] > 0
 
 
 # Known maps.

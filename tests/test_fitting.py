@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from fisherprint import cli, files, fit
+from fisherprint import cli, files, fit, maps
 from fisherprint import experiment as stages
 from fisherprint.experiment import Run, fitting
 from fisherprint.sequence import PulseTrain
@@ -152,10 +152,11 @@ def test_a_volume_is_the_fit_of_its_voxels(
         values = np.where(mask, values.reshape(SHAPE), np.nan)
         # Batches of other voxels round differently: far within the noise, where searches end.
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
-    assert set(found) == {*columns, "M0_phase", "iterations"} | (
+    assert set(found) == {*columns, "M0_phase", "iterations", "status"} | (
         {"white_matter", "csf"} & set(found)
     )
     assert found["reason"].ravel()[7] == fit.Reason.NO_SIGNAL
+    check_status(found, expected, mask, run)
     # Wherever there is signal: within five standard deviations of the truth.
     error = found["T1"] - nibabel.load(images.parent / "truth" / "T1.nii.gz").get_fdata()
     assert np.nanmax(np.abs(error / found["T1_std"])) < 5
@@ -163,9 +164,36 @@ def test_a_volume_is_the_fit_of_its_voxels(
     assert summary["failed_voxels"] == 1
     assert sum(summary["reasons"].values()) == mask.sum()
     assert summary["reasons"]["no_signal"] == 1
+    assert summary["status"]["not_finite"] == 1
+    assert sum(summary["status"].values()) == mask.size
+    assert summary["provenance"]["noise"]["source"] == "residuals"
     assert summary["provenance"]["known"] == {"B1": B1}
     assert summary["regions"]["all"]["T1"]["median"] == pytest.approx(np.nanmedian(found["T1"]))
     assert not (tmp_path / "maps" / "chunks").exists()
+
+
+def check_status(
+    found: dict[str, np.ndarray], expected: fit.Fit, mask: np.ndarray, run: Run
+) -> None:
+    """What is wrong with each voxel, of what the fit itself says."""
+    _, pulses, model = stages.read_data(run)
+    limits = fitting._bounds(fitting._prior(run, model, pulses), model)
+    at_bound = np.zeros(len(expected.theta), dtype=bool)
+    # Those that a network of the run would tell.
+    for name in ("m0s", "T1", "T2f"):
+        low, high = limits[name]
+        at_bound |= (expected[name] <= low) | (expected[name] >= high)
+    status = np.full(len(at_bound), maps.Status.FINE)
+    # Of the residuals of voxels in the mask: 2K - F - 2 = 18 degrees, three times the median.
+    inside = expected.residual[mask.ravel()]
+    status[expected.residual > 3 * np.nanmedian(inside)] = maps.Status.MISFIT
+    status[at_bound] = maps.Status.AT_BOUND
+    status[expected.reason == fit.Reason.ITERATIONS] = maps.Status.NOT_CONVERGED
+    status[expected.reason == fit.Reason.NO_SIGNAL] = maps.Status.NOT_FINITE
+    status[~mask.ravel()] = maps.Status.OUTSIDE_MASK
+    np.testing.assert_array_equal(found["status"].ravel(), status)
+    assert found["status"].dtype == np.uint8
+    assert (status == maps.Status.FINE).sum() > 20
 
 
 def test_what_is_known_by_a_map_is_known_voxel_by_voxel(

@@ -241,7 +241,8 @@ def map_(
     mask: Annotated[
         Path | None, typer.Option(help="Mask, or --mask-key NAME; else automatic.")
     ] = None,
-    # Help fits a screen: keys stand beside their files, --precision in docs/decisions/027.
+    # Help fits a screen: keys stand beside their files, --precision in docs/decisions/027,
+    # --no-errors in 040.
     mask_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     basis: Annotated[
         Path | None, typer.Option(help="Basis of the images, with --basis-key NAME.")
@@ -249,9 +250,10 @@ def map_(
     basis_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     noise_std: Annotated[
         float | None,
-        typer.Option(help="σ of Re and Im, for a network of it."),
+        typer.Option(help="σ of Re, Im; else the background's."),
     ] = None,
     precision: Annotated[str | None, typer.Option(hidden=True)] = None,
+    no_errors: Annotated[bool, typer.Option("--no-errors", hidden=True)] = False,
     known: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=FILE", help="Known map; B0 in rad/s, B1 relative."),
@@ -285,6 +287,7 @@ def map_(
         basis_key=basis_key,
         noise_std=noise_std,
         precision=precision,
+        errors=not no_errors,
         known=_known_maps(known or []),
     )
     with _display() as display:

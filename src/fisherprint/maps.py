@@ -6,8 +6,9 @@ network, a non-linear fit or a function of the user's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,40 @@ Estimator = Callable[[NDArray[np.complexfloating]], NDArray[np.floating]]
 
 # Voxels for one call of the estimator: enough to keep all cores busy, 7 MB of 13 coefficients.
 _CHUNK = 65536
+
+
+class Status(IntEnum):
+    """What is to be thought of a voxel's estimates; where several hold, the smallest code."""
+
+    FINE = 0
+    """Nothing of what follows."""
+    OUTSIDE_MASK = 1
+    """Nobody asked."""
+    NOT_FINITE = 2
+    """No estimate: no signal, NaN, or a known map without a usable value. NaN in all maps."""
+    NOT_CONVERGED = 3
+    """A search ended early; for maps of a network, no error bars were found."""
+    AT_BOUND = 4
+    """An estimate at a limit of the fit, or, of a network, at or beyond one of the model."""
+    OUTSIDE_RANGE = 5
+    """An estimate outside of the range that a network was trained in."""
+    MISFIT = 6
+    """The model's residual is larger than the noise explains."""
+
+
+def classified(found: Mapping[Status, NDArray[np.bool_]]) -> NDArray[np.uint8]:
+    """The `Status` of each voxel, from where each of them holds: arrays of one shape."""
+    shape = next(iter(found.values())).shape
+    status = np.full(shape, Status.FINE, dtype=np.uint8)
+    for code in sorted(found, reverse=True):
+        status[found[code]] = code
+    return status
+
+
+def counted(status: NDArray[np.uint8]) -> dict[str, int]:
+    """How many voxels have each `Status`, by its name in lower case."""
+    numbers = np.bincount(status.ravel(), minlength=max(Status) + 1)
+    return {code.name.lower(): int(numbers[code]) for code in Status}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import _storage, _threads, files, fit, maps, simulate, train
-from fisherprint.experiment import mapping
+from fisherprint import _storage, _threads, error_bars, files, fisher, fit, maps, simulate, train
+from fisherprint.experiment import bars, mapping
 from fisherprint.experiment.folder import (
     Progress,
     Run,
@@ -51,9 +51,7 @@ _WORTH = 1 / 16
 _ARRAYS = ("theta", "std", "m0", "residual", "iterations", "reason")
 # What is mapped beside the parameters and their standard deviations.
 _BESIDE = (
-    Parameter("M0", r"$|M_0|$", "", (0.0, np.inf)),
-    Parameter("M0_phase", r"$\arg M_0$", "rad", (-np.pi, np.pi), "rad"),
-    Parameter("residual", "relative residual", "", (0.0, 1.0)),
+    *bars.BESIDE,
     Parameter("iterations", "iterations", "", (0.0, np.inf)),
     Parameter("reason", "reason of the end", "", (0.0, float(max(fit.Reason)))),
 )
@@ -113,8 +111,8 @@ def fit_run(
         run: its data set says train, model, basis and prior, which bounds the parameters.
         section: the images, their mask, and σ if it is known; else it comes from the residual.
         out: folder for the maps: of each parameter, of its standard deviation (`<name>_std`), of
-            M0, the relative residual, the iterations and the `fit.Reason` of the end; and
-            `summary.json`.
+            M0, the relative residual, the iterations and the `fit.Reason` of the end; of the
+            `maps.Status`; and `summary.json`.
         known: parameters that are not fitted: one value, or the file of a map, in SI units.
         start: a number of starts in each voxel, the fingerprints of the data set that are most
             like it; or a folder of maps, or a run with a network, whose estimates replace those
@@ -193,6 +191,11 @@ def fit_run(
             progress("voxels", done, size)
     chunks = [files.read_arrays(_file(folder, n), _ARRAYS) for n in range(n_chunks)]
     found = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in _ARRAYS}
+    degrees = 2 * data.basis.rank - len(estimator.estimated or ()) - len(fisher.SCALE)
+    of_residuals = error_bars.noise_of_residuals(found["residual"], degrees)
+    noise = error_bars.Noise(of_residuals, "residuals", of_residuals)
+    if section.noise_std is not None:
+        noise = error_bars.Noise(section.noise_std, "given", of_residuals)
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "estimator": "non-linear least squares",
@@ -200,9 +203,14 @@ def fit_run(
         "basis_sha256": data.basis.digest,
         "basis_of_images_sha256": basis_of_images,
         "known": {name: values.get(name, "map") for name in (*values, *voxels.known)},
+        "noise": noise.recorded,
         "reasons": {str(reason.value): reason.name.lower() for reason in fit.Reason},
     }
-    _write(out, volume, mask, model, estimator, found, provenance, say)
+    say(noise.described)
+    status = np.full(mask.shape, maps.Status.OUTSIDE_MASK, dtype=np.uint8)
+    told = [n for n in run.experiment.training.estimated if n in (estimator.estimated or ())]
+    status[mask] = _status(found, estimator, told, noise.largest_residual(degrees))
+    _write(out, volume, mask, model, estimator, found, status, provenance, say)
     shutil.rmtree(out / "chunks")
     if stated:
         files.state_maps(out, stated)
@@ -394,6 +402,27 @@ def _fitted(
     return {name: getattr(found, name) for name in _ARRAYS}
 
 
+def _status(
+    found: Arrays, estimator: fit.LeastSquares, told: list[str], largest_residual: float
+) -> NDArray[np.uint8]:
+    """One `maps.Status` a voxel; at a bound are those that a network of the run would tell."""
+    at_bound = np.zeros(len(found["theta"]), dtype=np.bool_)
+    for name in estimator.estimated or ():
+        values, (low, high) = (
+            found["theta"][:, estimator.model.index(name)],
+            estimator.bounds[name],
+        )
+        at_bound |= (values <= low) | (values >= high)
+    return maps.classified(
+        {
+            maps.Status.NOT_FINITE: found["reason"] > fit.Reason.ITERATIONS,
+            maps.Status.NOT_CONVERGED: found["reason"] == fit.Reason.ITERATIONS,
+            maps.Status.AT_BOUND: at_bound,
+            maps.Status.MISFIT: found["residual"] > largest_residual,
+        }
+    )
+
+
 def _file(folder: Path, number: int) -> Path:
     return folder / f"chunk-{number:06d}.h5"
 
@@ -414,6 +443,7 @@ def _write(
     model: SignalModel,
     estimator: fit.LeastSquares,
     found: Arrays,
+    status: NDArray[np.uint8],
     provenance: Mapping[str, Any],
     say: Say,
 ) -> None:
@@ -449,6 +479,7 @@ def _write(
         *(found["iterations"], found["reason"]),
     )
     write(list(_BESIDE), np.column_stack(beside))
+    files.write_status(status, out, volume=volume, provenance=provenance)
 
     regions = mapping.regions_of(result, say)
     for name in mapping.REGIONS:
@@ -467,11 +498,13 @@ def _write(
             "regions": statistics,
             "failed_voxels": failed,
             "reasons": dict(ends),
+            "status": maps.counted(status),
             "provenance": provenance,
         },
     )
     not_converged = ends[fit.Reason.ITERATIONS.name.lower()]
     say(f"{len(norm)} voxels fitted, {failed} failed, {not_converged} did not converge")
+    mapping.say_status(status, say)
     for region, numbers in statistics.items():
         for parameter in described:
             quartiles = [numbers[parameter.name][key] for key in mapping.QUARTILES]

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from fisherprint import files
 from fisherprint.parameters import Parameter
 
-# A network is trusted this far beyond the range of its training, relative to that range.
-_BEYOND = 0.05
+BEYOND = 0.05
+"""A network is trusted this far beyond the range of its training, relative to that range."""
+
 # Where more of a map than this lies outside, it is not the voxels that are wrong.
 _MOST_OUTSIDE = 0.5
 # What is usually wrong then, by the unit that is expected.
@@ -65,7 +66,7 @@ def read_known(
                 "the map and the images belong together?"
             )
         low, high = ranges[parameter.name]
-        margin = _BEYOND * (high - low)
+        margin = BEYOND * (high - low)
         beyond = (values < low - margin) | (values > high + margin)
         quartiles = np.percentile(inside, (25, 50, 75))
         found = "median {1:.4g} [{0:.4g}, {2:.4g}]".format(*quartiles) + unit

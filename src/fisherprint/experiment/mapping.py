@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import files, inference, maps, train
-from fisherprint.experiment import schema
+from fisherprint import files, fit, inference, maps, train
+from fisherprint.error_bars import ErrorBars
+from fisherprint.experiment import bars, schema
 from fisherprint.experiment.folder import (
     Progress,
     Run,
@@ -24,6 +26,7 @@ from fisherprint.experiment.known import read_known
 from fisherprint.experiment.schema import BrainSection, ExperimentError, MapSection
 from fisherprint.models.protocol import SignalModel
 from fisherprint.network import Network, as_estimator
+from fisherprint.parameters import Parameter
 from fisherprint.reconstruct import phantom
 from fisherprint.sequence import PulseTrain
 from fisherprint.subspace import Basis
@@ -54,6 +57,7 @@ class Trained:
         basis: of its coefficients.
         train: whose signals they are.
         model: of that train.
+        fingerprints: some of its data set; None where that is not at hand.
     """
 
     folder: Path
@@ -62,6 +66,7 @@ class Trained:
     basis: Basis
     train: PulseTrain
     model: SignalModel
+    fingerprints: fit.Dictionary | None = None
 
 
 def load_network(run: Run) -> tuple[Network, dict[str, Any]]:
@@ -89,7 +94,11 @@ def open_trained(run: Run) -> Trained:
     """
     data, pulses, model = read_data(run)
     network, card = load_network(run)
-    return Trained(run.network, network, card, data.basis, pulses, model)
+    some = data.samples["training"]
+    fingerprints = fit.Dictionary(
+        data.names, some.theta[: bars.ENTRIES], some.coefficients[: bars.ENTRIES]
+    )
+    return Trained(run.network, network, card, data.basis, pulses, model, fingerprints)
 
 
 def map_run(
@@ -100,19 +109,23 @@ def map_run(
     force: bool = False,
     stated: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    executor: Executor | None = None,
     say: Say,
     progress: Progress,
 ) -> None:
-    """Stage 4: coefficient images to parameter maps.
+    """Stage 4: coefficient images to parameter maps, with their error bars.
 
     Args:
         run: where the data set and the network are; or what else is at hand to make maps with.
         section: the images, a mask if there is one, their basis if its file is known.
-        out: folder for one NIfTI and one JSON a parameter; `white_matter.nii.gz` and `csf.nii.gz`
-            where they can be found, and `summary.json` with medians and quartiles.
+        out: folder for one NIfTI and one JSON a parameter, its standard deviation (`<name>_std`),
+            M0, its phase, the relative residual and the `maps.Status` of each voxel;
+            `white_matter.nii.gz` and `csf.nii.gz` where they can be found, and `summary.json`
+            with medians and quartiles and how many voxels have each status.
         force: map images of another basis all the same.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         overwrite: replace maps that are there.
+        executor: who computes the error bars; threads on all cores of this process if None.
         say: told what is assumed and found.
         progress: told how many voxels are done.
 
@@ -154,17 +167,17 @@ def map_run(
         mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
     estimated = tuple(card["estimated"])
     images = volume.data
+    # What stands beside the coefficients must not make a mask, nor noise of the background.
+    mask = maps.automatic_mask(images) if mask is None else mask
+    known = np.empty((*mask.shape, 0))
     config = train.TrainingConfig.model_validate(card["config"])
-    if (section.noise_std is None) == config.snr_input:
+    if section.noise_std is None and config.snr_input:
         raise ExperimentError(
-            "expected the noise_std of the images for a network with snr_input, and none without; "
-            f"got {section.noise_std}, and {trained.folder} has snr_input = {config.snr_input}. "
-            "Measure it in a region without signal, or drop it."
+            "expected the noise_std of the images for a network with snr_input; got None, and "
+            f"{trained.folder} has snr_input = True. Measure it in a region without signal."
         )
     schema.require_maps("the network's inputs", config.inputs, section.known)
     if config.inputs or config.snr_input:
-        # What stands beside the coefficients must not make a mask.
-        mask = maps.automatic_mask(images) if mask is None else mask
         told = [model.parameters[model.index(name)] for name in config.inputs]
         known = read_known(section.known, told, card.get("ranges", {}), mask, say=say)
         # Without signal there is no estimate, whatever is known.
@@ -182,6 +195,19 @@ def map_run(
         on_progress=lambda done, total: progress("voxels", done, total),
     )
     described = [model.parameters[model.index(name)] for name in estimated]
+    ranges = card.get("ranges", {})
+    beside = None
+    if section.errors:
+        beside = bars.beside_estimates(
+            _error_bars(trained, config.inputs),
+            volume.data,
+            result,
+            known,
+            noise_std=section.noise_std,
+            executor=executor,
+            say=say,
+            progress=progress,
+        )
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "network_sha256": card["weights_sha256"],
@@ -191,8 +217,12 @@ def map_run(
         "loss": card["config"]["loss"],
         "precision": precision,
         "known_sha256": {name: files.file_digest(path) for name, path in section.known.items()},
+        **({} if beside is None else {"noise": beside.noise.recorded}),
     }
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
+    _write_beside(beside, result, out, volume, described, provenance)
+    status = bars.network_status(result, beside, described, ranges)
+    files.write_status(status, out, volume=volume, provenance=provenance)
     regions = regions_of(result, say)
     files.remove_converted(out)  # of earlier maps
     for name in REGIONS:
@@ -204,11 +234,17 @@ def map_run(
     statistics = {name: region_statistics(result, inside) for name, inside in regions.items()}
     files.write_json(
         out / "summary.json",
-        {"regions": statistics, "failed_voxels": result.n_failed, "provenance": provenance},
+        {
+            "regions": statistics,
+            "failed_voxels": result.n_failed,
+            "status": maps.counted(status),
+            "provenance": provenance,
+        },
     )
     if stated:
         files.state_maps(out, stated)
     say(f"{int(result.mask.sum())} voxels mapped, {result.n_failed} failed")
+    say_status(status, say)
     for region, numbers in statistics.items():
         for parameter in described:
             name, value = parameter.name, numbers[parameter.name]
@@ -217,6 +253,60 @@ def map_run(
                 continue
             low, median, high = (parameter.display_factor * value[key] for key in QUARTILES)
             say(f"{region}: {name} {median:.4g} [{low:.4g}, {high:.4g}] {parameter.display_unit}")
+
+
+def _error_bars(trained: Trained, known: Sequence[str]) -> ErrorBars:
+    """What computes error bars of a network's estimates."""
+    card, model = trained.card, trained.model
+    ranges = card.get("ranges", {})
+    fingerprints = trained.fingerprints
+    if fingerprints is None:
+        fingerprints = bars.drawn(model, trained.basis, trained.train, ranges)
+    limits = {}
+    for parameter in model.parameters:
+        low, high = ranges.get(parameter.name, parameter.bounds)
+        limits[parameter.name] = max(low, parameter.bounds[0]), min(high, parameter.bounds[1])
+    return ErrorBars(
+        model,
+        trained.basis,
+        estimated=tuple(card["estimated"]),
+        known=tuple(known),
+        fingerprints=fingerprints,
+        bounds=limits,
+    )
+
+
+def _write_beside(
+    beside: bars.Beside | None,
+    result: maps.Maps,
+    out: Path,
+    volume: files.Volume,
+    described: list[Parameter],
+    provenance: Mapping[str, Any],
+) -> None:
+    """Error bars, M0 and the residual; without them, none of earlier maps are left."""
+    if beside is None:
+        for name in (*(f"{p.name}_std" for p in described), *(p.name for p in bars.BESIDE)):
+            for suffix in (".nii.gz", ".json"):
+                (out / f"{name}{suffix}").unlink(missing_ok=True)
+        return
+    names = tuple(parameter.name for parameter in bars.BESIDE)
+    std = maps.Maps(result.names, beside.std, result.mask, result.n_failed)
+    others = maps.Maps(names, beside.beside, result.mask, result.n_failed)
+    place: dict[str, Any] = {"volume": volume, "provenance": provenance}
+    files.write_maps(std, out, parameters=described, kind="standard deviation", **place)
+    files.write_maps(others, out, parameters=bars.BESIDE, **place)
+
+
+def say_status(status: NDArray[np.uint8], say: Say) -> None:
+    """How many voxels of the mask are fine, and how many are not, and why."""
+    numbers = maps.counted(status)
+    inside = {
+        name.replace("_", " "): number
+        for name, number in numbers.items()
+        if number and name != maps.Status.OUTSIDE_MASK.name.lower()
+    }
+    say("status: " + ", ".join(f"{number} {name}" for name, number in inside.items()))
 
 
 def make_brain(run: Run, *, progress: Progress) -> MapSection:
@@ -285,7 +375,8 @@ def write_brain(
     return MapSection(
         coefficients=coefficients,
         mask=out / "mask.nii.gz",
-        noise_std=1 / section.snr if config.snr_input else None,
+        noise_std=1 / section.snr,
+        errors=section.errors,
         known={name: out / "truth" / f"{name}.nii.gz" for name in config.inputs},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,8 @@ def map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
             literature = {region: _literature(region, described) for region in found}
             table = report.roi_table(estimate.maps, regions, described, expected=literature)
             tables.append(table)
-        return [report.Section("Parameter maps", caption, [figure, *tables])]
+        section = report.Section("Parameter maps", caption, [figure, *tables])
+        return [section, *_error_sections(run, estimate, described)]
     truth = files.read_maps(run.brain / "truth", [parameter.name for parameter in described])
     regions = {
         path.name.removesuffix(".nii.gz").replace("_", " "): files.read_mask(
@@ -177,7 +179,39 @@ def map_sections(run: Run, described: list[Parameter]) -> list[report.Section]:
         estimate.maps, described, truth=truth.maps, ranges=_BRAIN_RANGES, affine=estimate.affine
     )
     table = report.roi_table(estimate.maps, regions, described, expected=expected)
-    return [report.Section("Digital brain", caption, [figure, table])]
+    section = report.Section("Digital brain", caption, [figure, table])
+    return [section, *_error_sections(run, estimate, described)]
+
+
+def _error_sections(
+    run: Run, estimate: files.PlacedMaps, described: list[Parameter]
+) -> list[report.Section]:
+    """Standard deviations and the status of each voxel, where the maps have them."""
+    if not (run.maps / "status.nii.gz").exists():
+        return []  # of an early version
+    about = files.read_json(run.maps / "status.json")["Provenance"].get("noise")
+    turns, affine = 0, estimate.affine
+    if affine is None and run.experiment.map is not None:
+        turns = run.experiment.map.quarter_turns
+    status = files.read_status(run.maps, estimate.mask.shape)
+    figures = [report.status_panel(np.rot90(status, turns), affine=affine)]
+    caption = "What is to be thought of each voxel, with its share of the mask."
+    if about is not None:
+        std = files.read_maps(run.maps, [f"{parameter.name}_std" for parameter in described]).maps
+        shown = [
+            replace(
+                parameter, name=f"{parameter.name}_std", symbol=rf"$\sigma$ of {parameter.symbol}"
+            )
+            for parameter in described
+        ]
+        turned = {p.name: np.rot90(std[p.name], turns) for p in shown}
+        figures = [report.map_panel(turned, shown, affine=affine), *figures]
+        caption = (
+            "Standard deviation of each estimate as an efficient estimator would have it: √CRB at "
+            f"the estimate, for noise of σ = {about['std'] or np.nan:.3g} (from: "
+            f"{about['source']}). A network may scatter less and be biased instead. " + caption
+        )
+    return [report.Section("Error bars", caption, figures)]
 
 
 def _literature(region: str, described: list[Parameter]) -> dict[str, float]:

@@ -144,8 +144,10 @@ class MapSection(Table):
     )
     noise_std: Positive | None = Field(
         None,
-        description="σ of their real and imaginary part each, which [training] snr_input needs",
+        description="σ of their real and imaginary part each; else from the background or the "
+        "residuals, but [training] snr_input needs it",
     )
+    errors: bool = Field(True, description="error bars, M0 and the misfit beside the estimates")
     precision: Precision | None = Field(
         None,
         description="of the widest products, float32 or bfloat16; else what is faster here",
@@ -185,6 +187,7 @@ class BrainSection(Table):
 
     snr: float = Field(50.0, gt=0, description="SNRmax where |M0| = 1")
     voxel_size: Positive = Field(2.0, description="mm")
+    errors: bool = Field(False, description="error bars as well, which take longer than the maps")
     seed: int = Field(2, ge=0)
 
 
@@ -221,11 +224,10 @@ class Experiment(Table):
                 )
         if self.map is not None:
             require_maps("[training] inputs", self.training.inputs, self.map.known)
-        if self.map is not None and (self.map.noise_std is None) == self.training.snr_input:
+        if self.map is not None and self.map.noise_std is None and self.training.snr_input:
             raise ValueError(
-                "expected [map] noise_std with [training] snr_input, and none without; got "
-                f"{self.map.noise_std} and snr_input = {self.training.snr_input}. Measure it in "
-                "a region without signal, or drop one."
+                "expected [map] noise_std with [training] snr_input; got None and snr_input = "
+                "True. Measure it in a region without signal, or drop snr_input."
             )
         if self.map is not None and self.brain is not None:
             raise ValueError("expected [map] or [brain]; got both. Keep one.")

@@ -137,7 +137,7 @@ def _prior_lines(audit: evaluation.Audit) -> list[str]:
 def run_all(run: Run, *, executor: Executor | None = None, say: Say, progress: Progress) -> Path:
     """All stages in their order, skipping those whose results are there; the report's path.
 
-    The executor is that of the simulation.
+    The executor is that of the simulation and of error bars.
     """
     stages: list[tuple[str, Path, Callable[[], object]]] = [
         ("simulate", run.dataset, lambda: simulate_run(run, executor=executor, progress=progress)),
@@ -152,7 +152,7 @@ def run_all(run: Run, *, executor: Executor | None = None, say: Say, progress: P
 
         def map_stage() -> None:
             section = run.experiment.map or make_brain(run, progress=progress)
-            map_run(run, section, run.maps, say=say, progress=progress)
+            map_run(run, section, run.maps, executor=executor, say=say, progress=progress)
 
         stages.append(("map", run.maps / "summary.json", map_stage))
     for name, product, stage in stages:

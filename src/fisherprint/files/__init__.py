@@ -60,11 +60,13 @@ from fisherprint.files.volumes import (
     read_map,
     read_maps,
     read_mask,
+    read_status,
     read_tissue_maps,
     recorded_basis,
     write_coefficients,
     write_maps,
     write_mask,
+    write_status,
 )
 
 __all__ = [
@@ -100,6 +102,7 @@ __all__ = [
     "read_search",
     "read_sensitivities",
     "read_shard",
+    "read_status",
     "read_tissue_maps",
     "read_toml",
     "recorded_basis",
@@ -125,6 +128,7 @@ __all__ = [
     "write_mask",
     "write_search",
     "write_shard",
+    "write_status",
     "write_table",
     "write_text",
     "write_toml",

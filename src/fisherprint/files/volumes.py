@@ -20,7 +20,7 @@ from fisherprint import _checks, _storage
 from fisherprint._storage import UnreadableFileError
 from fisherprint.files import cfl
 from fisherprint.files.records import read_json, write_json
-from fisherprint.maps import Maps
+from fisherprint.maps import Maps, Status, counted
 from fisherprint.parameters import Parameter
 from fisherprint.reconstruct.phantom import TissueMaps
 from fisherprint.subspace import Basis
@@ -366,6 +366,50 @@ def write_maps(
         write_json(Path(folder) / f"{stem}.json", sidecar)
         paths.append(path)
     return paths
+
+
+def write_status(
+    status: NDArray[np.uint8],
+    folder: str | Path,
+    *,
+    volume: Volume,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write `status.nii.gz` (uint8), placed like the volume, and `status.json` with its codes.
+
+    Args:
+        status: one `maps.Status` a voxel, shape (X, Y, Z).
+        folder: made if absent; files of the same name are replaced.
+        volume: the coefficient images that were mapped.
+        provenance: as for `write_maps`.
+    """
+    path = Path(folder) / "status.nii.gz"
+    with _storage.replacing(path) as temporary:
+        nibabel.save(_as_nifti(status, volume, np.uint8), temporary)
+    sidecar = {
+        "Kind": "status",
+        "Parameter": "status",
+        "Unit": "",
+        "Codes": {str(code.value): code.name.lower() for code in Status},
+        "NumberOfVoxels": counted(status),
+        "Source": None if volume.source is None else volume.source.name,
+        "Provenance": dict(provenance),
+    }
+    write_json(path.with_name("status.json"), sidecar)
+    return path
+
+
+def read_status(folder: str | Path, shape: Sequence[int]) -> NDArray[np.uint8]:
+    """The status that `write_status` wrote, shape (X, Y, Z).
+
+    Raises:
+        UnreadableFileError: it is missing, damaged or foreign.
+        ValueError: another shape than the volume's.
+    """
+    path = Path(folder) / "status.nii.gz"
+    array = np.asarray(_read_nifti(path)[0])
+    _checks.shape(f"the status {path}", array, list(zip("XYZ", shape, strict=True)))
+    return array.astype(np.uint8)
 
 
 def _suffix(path: Path) -> str:

@@ -4,7 +4,7 @@ Both are estimators, callables from coefficients (..., K) to parameters (..., E)
 signal model.
 """
 
-from fisherprint.fit.least_squares import Fit, LeastSquares
+from fisherprint.fit.least_squares import Fit, LeastSquares, scale, simulated
 from fisherprint.fit.matching import Dictionary, dictionary, forecast, grid
 from fisherprint.fit.minimize import Reason
 
@@ -16,4 +16,6 @@ __all__ = [
     "dictionary",
     "forecast",
     "grid",
+    "scale",
+    "simulated",
 ]

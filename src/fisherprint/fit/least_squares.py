@@ -163,6 +163,7 @@ class LeastSquares:
         *,
         start: NDArray[np.floating] | None = None,
         noise_std: ArrayLike | None = None,
+        iterations: int = _ITERATIONS,
     ) -> Fit:
         """Everything about V voxels; none of them, whatever it holds, stops the others.
 
@@ -172,6 +173,7 @@ class LeastSquares:
             noise_std: σ of the coefficients' real and imaginary part each, one number or (V,).
                 If None, from the residual: ‖r‖² / (2K - F - 2) with F unknown parameters; NaN
                 where that is no positive number.
+            iterations: steps tried at most.
 
         Raises:
             ValueError: other shapes, or a σ that is not positive.
@@ -205,11 +207,17 @@ class LeastSquares:
         for first in range(0, len(usable), _VOXELS):
             voxels = usable[first : first + _VOXELS]
             starts = self._starts(given[voxels]) if start is None else start[voxels]
-            self._fit_into(result, voxels, given[voxels], starts, sigma[voxels])
+            self._fit_into(result, voxels, given[voxels], starts, sigma[voxels], iterations)
         return result
 
     def _fit_into(
-        self, result: Fit, voxels: Integers, given: Complex, starts: Floats, sigma: Floats
+        self,
+        result: Fit,
+        voxels: Integers,
+        given: Complex,
+        starts: Floats,
+        sigma: Floats,
+        iterations: int,
     ) -> None:
         """Fit voxels with signal from starts (V, R, P); σ is NaN where it is to be estimated."""
         size, n_starts, _ = starts.shape
@@ -225,7 +233,7 @@ class LeastSquares:
         def local(point: Floats, which: Integers) -> Local:
             there = theta[which]
             there[:, free] = point
-            c, jacobian = self._coefficients(there)
+            c, jacobian = simulated(self.model, self.basis, there)
             return projected(x[which // n_starts], c, jacobian[..., free])
 
         low, high = (
@@ -239,7 +247,7 @@ class LeastSquares:
             high,
             degrees=max(1, degrees),
             floor=_FLOOR,
-            iterations=_ITERATIONS,
+            iterations=iterations,
         )
         theta[:, free] = found.point
         cost = np.where(found.reason == Reason.REFUSED, np.inf, found.local.cost)
@@ -255,7 +263,7 @@ class LeastSquares:
         c = np.concatenate(
             [
                 self.basis.compress(self.model.signal(theta[best[part]]))
-                for part in self._batches(len(best))
+                for part in _batches(self.model, len(best))
             ]
         )
         result.m0[voxels] = norm * scale(x, c)
@@ -269,31 +277,6 @@ class LeastSquares:
         covariance = np.zeros((len(best), *result.covariance.shape[1:]))
         covariance[:, free[:, None], free] = inverse * ((sigma / norm) ** 2)[:, None, None]
         result.covariance[voxels] = covariance
-
-    def _coefficients(self, theta: Floats) -> tuple[Complex, Complex]:
-        """Simulated c (S, K) and ∂c/∂θ (S, K, P); NaN where the model refuses."""
-        c = np.full((len(theta), self.basis.rank), np.nan, dtype=np.complex128)
-        jacobian = np.full((*c.shape, theta.shape[1]), np.nan, dtype=np.complex128)
-        parts = list(self._batches(len(theta)))
-        while parts:
-            part = parts.pop()
-            try:
-                out = self.model.simulate(theta[part])
-            except (ValueError, ArithmeticError):
-                # One bad voxel must not take the others with it: halve until it is alone.
-                middle = (part.start + part.stop) // 2
-                if middle > part.start:
-                    parts += [slice(part.start, middle), slice(middle, part.stop)]
-                continue
-            c[part] = self.basis.compress(out.signal)
-            jacobian[part] = self.basis.compress(out.jacobian)
-        return c, jacobian
-
-    def _batches(self, size: int) -> Iterator[slice]:
-        each = 16.0 * self.model.n_samples * len(self.model.parameters)
-        length = max(1, int(_BATCH_BYTES / each / _BATCH_MULTIPLE)) * _BATCH_MULTIPLE
-        for first in range(0, size, length):
-            yield slice(first, min(first + length, size))
 
     def _starts(self, given: Complex) -> Floats:
         """Starts of V voxels, shape (V, R, P)."""
@@ -329,6 +312,33 @@ class LeastSquares:
                 )
             pairs[name] = low, high
         return np.array(list(pairs.values())).T
+
+
+def simulated(model: SignalModel, basis: Basis, theta: Floats) -> tuple[Complex, Complex]:
+    """Simulated c (S, K) and ∂c/∂θ (S, K, P) of parameters (S, P); NaN where the model refuses."""
+    c = np.full((len(theta), basis.rank), np.nan, dtype=np.complex128)
+    jacobian = np.full((*c.shape, theta.shape[1]), np.nan, dtype=np.complex128)
+    parts = list(_batches(model, len(theta)))
+    while parts:
+        part = parts.pop()
+        try:
+            out = model.simulate(theta[part])
+        except (ValueError, ArithmeticError):
+            # One bad voxel must not take the others with it: halve until it is alone.
+            middle = (part.start + part.stop) // 2
+            if middle > part.start:
+                parts += [slice(part.start, middle), slice(middle, part.stop)]
+            continue
+        c[part] = basis.compress(out.signal)
+        jacobian[part] = basis.compress(out.jacobian)
+    return c, jacobian
+
+
+def _batches(model: SignalModel, size: int) -> Iterator[slice]:
+    each = 16.0 * model.n_samples * len(model.parameters)
+    length = max(1, int(_BATCH_BYTES / each / _BATCH_MULTIPLE)) * _BATCH_MULTIPLE
+    for first in range(0, size, length):
+        yield slice(first, min(first + length, size))
 
 
 def projected(x: Complex, c: Complex, jacobian: Complex) -> Local:

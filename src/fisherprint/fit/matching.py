@@ -86,7 +86,7 @@ class Dictionary:
         for first in range(0, len(usable), length):
             part = usable[first : first + length]
             result[part] = self.theta[self._best(voxels[part], number)]
-        return result.reshape(*given.shape[:-1], number, -1)
+        return result.reshape(*given.shape[:-1], number, self.theta.shape[1])
 
     def _best(self, voxels: NDArray[np.complexfloating], number: int) -> NDArray[np.intp]:
         """The entries most like each voxel, best first, shape (V, R)."""

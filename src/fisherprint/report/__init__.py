@@ -19,7 +19,7 @@ from fisherprint.report.figures import (
     shares_by_bound,
     std_histograms,
 )
-from fisherprint.report.images import map_panel
+from fisherprint.report.images import map_panel, status_panel
 from fisherprint.report.reproduction import (
     Comparison,
     audit_maps,
@@ -76,6 +76,7 @@ __all__ = [
     "shares_by_bound",
     "shares_of_networks",
     "shares_table",
+    "status_panel",
     "std_histograms",
     "std_of_networks",
     "tube_boxes",

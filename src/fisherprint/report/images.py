@@ -8,10 +8,13 @@ from typing import Any, Protocol
 import matplotlib
 import nibabel
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from fisherprint import _checks
+from fisherprint.maps import Status
 from fisherprint.parameters import Parameter
 from fisherprint.report.figures import PAGE_WIDTH
 
@@ -19,6 +22,17 @@ Floats = NDArray[np.float64]
 
 # Both can be read with all common kinds of colour vision.
 SEQUENTIAL, DIVERGING, NO_DATA = "viridis", "PuOr", "0.85"
+
+# Of Okabe and Ito's palette, which all common kinds of colour vision tell apart, on grey.
+_STATUS_COLOURS = {
+    Status.FINE: NO_DATA,
+    Status.OUTSIDE_MASK: "#ffffff",
+    Status.NOT_FINITE: "#000000",
+    Status.NOT_CONVERGED: "#cc79a7",
+    Status.AT_BOUND: "#0072b2",
+    Status.OUTSIDE_RANGE: "#56b4e9",
+    Status.MISFIT: "#e69f00",
+}
 
 
 class Named(Protocol):
@@ -100,9 +114,79 @@ def map_panel(
         for axes in row:
             axes.set(xlim=xlim, ylim=ylim, aspect=aspect)
             if affine is not None:
-                for x, side in ((0.05, "L"), (0.95, "R")):
-                    axes.text(x, 0.95, side, transform=axes.transAxes, ha="center", va="center")
+                _letter_sides(axes)
     return figure
+
+
+def status_panel(
+    status: NDArray[np.uint8],
+    *,
+    slices: Sequence[int] | None = None,
+    affine: Floats | None = None,
+) -> Figure:
+    """Axial slices of the status of each voxel, placed as by `map_panel`.
+
+    The legend names what occurs, with its share of the voxels in the mask.
+
+    Args:
+        status: one `maps.Status` a voxel, shape (X, Y) or (X, Y, Z).
+        slices: as for `map_panel`.
+        affine: likewise.
+
+    Raises:
+        IndexError: a slice that does not exist.
+    """
+    volume = status[..., None] if status.ndim == 2 else status
+    inside = volume[volume != Status.OUTSIDE_MASK]
+    grid = None
+    if affine is not None:
+        upright, grid = _upright(volume.astype(np.float64), affine)
+        volume = upright.astype(np.uint8)
+    filled = volume != Status.OUTSIDE_MASK
+    chosen = [int(filled.sum(axis=(0, 1)).argmax())] if slices is None else list(slices)
+    for k in chosen:
+        if not 0 <= k < filled.shape[2]:
+            raise IndexError(
+                f"expected slices from 0 to {filled.shape[2] - 1}; got {k}. Choose others."
+            )
+    xlim, ylim = _bounding_box(np.any(filled[..., chosen], axis=2))
+    aspect = 1.0 if grid is None else float(np.divide(*np.linalg.norm(grid[:3, [1, 0]], axis=0)))
+    ratio = aspect * (ylim[1] - ylim[0]) / (xlim[1] - xlim[0])
+    width = min(3.2, (PAGE_WIDTH - 2.5) / len(chosen))
+    figure = Figure((len(chosen) * width + 2.5, width * ratio + 0.4), layout="constrained")
+    figure.set_label("Status of each voxel")
+    colours = ListedColormap([_STATUS_COLOURS[code] for code in Status])
+    for axes, k in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+        axes.imshow(
+            volume[..., k].T,
+            origin="lower",
+            cmap=colours,
+            vmin=-0.5,
+            vmax=len(Status) - 0.5,
+            interpolation="nearest",
+        )
+        axes.set(xticks=[], yticks=[], xlim=xlim, ylim=ylim, aspect=aspect)
+        axes.spines[:].set_visible(False)
+        axes.set_title(_place(k, filled.shape, grid), fontsize=10)
+        if affine is not None:
+            _letter_sides(axes)
+    marks = [
+        Patch(
+            facecolor=_STATUS_COLOURS[code],
+            edgecolor="0.4",
+            label=f"{code.name.lower().replace('_', ' ')}, {(inside == code).mean():.1%}",
+        )
+        for code in Status
+        if (inside == code).any()
+    ]
+    figure.legend(handles=marks, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _letter_sides(axes: Any) -> None:
+    """L and R, as seen by who looks from above."""
+    for x, side in ((0.05, "L"), (0.95, "R")):
+        axes.text(x, 0.95, side, transform=axes.transAxes, ha="center", va="center")
 
 
 def _volumes(sources: Sequence[Named], parameters: Sequence[Parameter]) -> list[list[Floats]]:
