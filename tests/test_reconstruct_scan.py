@@ -12,6 +12,7 @@ import pytest
 from fisherprint import cli, files
 from fisherprint import experiment as stages
 from fisherprint.experiment import reconstructing
+from fisherprint.experiment.folder import read_data
 from fisherprint.reconstruct import (
     coils,
     encoding,
@@ -79,6 +80,40 @@ def test_noise_of_the_scan_is_that_of_real_and_imaginary_part_each():
     # 3200 numbers: relative standard error of σ is 1/√(2·1600); four of them.
     for part in (noise.real, noise.imag):
         assert abs(part.std() / 0.3 - 1) < 4 / np.sqrt(2 * noise.size)
+
+
+def _plain_sum(points, maps, frames, pulses):
+    """y_c(k) of points (number, 3), voxel by voxel and without a transform: (number, C)."""
+    matrix = maps.shape[1:]
+    total = np.zeros((len(points), len(maps)), np.complex128)
+    for voxel in np.ndindex(*matrix):
+        place = [(i - n // 2) / n for i, n in zip(voxel, matrix, strict=True)]
+        wave = np.exp(-2j * np.pi * (points.astype(float) @ place))
+        total += np.outer(wave * frames[(pulses, *voxel)], maps[(slice(None), *voxel)])
+    return total / np.sqrt(np.prod(matrix))
+
+
+@pytest.mark.filterwarnings("ignore::fisherprint.reconstruct.encoding.UndersampledWarning")
+@pytest.mark.parametrize("matrix", [(13, 12, 9), (8, 11, 14)])
+def test_the_digital_scan_of_a_volume_is_the_plain_sum_at_random_samples(matrix):
+    """The path of the scan and of the reconstruction, without any non-uniform transform."""
+    rng = np.random.default_rng(3)
+    T, S, R = 6, 4, 10
+    # Anywhere within the edges of k-space, which differ between the axes.
+    spokes = (rng.uniform(-0.5, 0.5, (T, S, R, 3)) * np.array(matrix)).astype(np.float32)
+    basis = np.linalg.qr(_gaussian(rng, T, 3))[0].astype(np.complex64)
+    images, maps = _gaussian(rng, 3, *matrix), scanning.coil_sensitivities(matrix, 3)
+    # An object far from the middle, so that a shift of the grid by a voxel shows.
+    images *= np.arange(np.prod(matrix)).reshape(matrix) % 7 == 0
+    frames = np.tensordot(basis, images, 1)
+    scan = np.stack(list(scanning.acquire(spokes, maps, lambda t: frames[t], rng=rng)), 1)
+    t, s, r = rng.integers(0, (T, S, R), (60, 3)).T
+    expected = _plain_sum(spokes[t, s, r], maps, frames, t)
+    # Results are in single precision.
+    assert _relative(scan[:, t, s, r].T, expected) < 1e-6
+    # finufft was asked for 1e-6, in single precision; a conjugate or a centre would be off by 1.
+    sampling = encoding.Sampling(spokes, basis, matrix)
+    assert _relative(encoding.forward(sampling, maps, images)[:, t, s, r].T, expected) < 1e-5
 
 
 # Coils.
@@ -266,6 +301,30 @@ def test_ismrmrd_is_read_in_the_order_of_the_scan(raw, tmp_path, scale, unit):
     assert files.read_kspace(tmp_path / "scan.h5", stated).notes == ()
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_truncated_ismrmrd_file_is_named(raw, tmp_path, share):
+    path = tmp_path / "scan.h5"
+    _write_ismrmrd(path, *raw, 1.0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(files.UnreadableFileError, match=r"scan.h5.*truncated"):
+        files.read_kspace(path, files.Reading(n_pulses=5))
+
+
+@pytest.mark.parametrize(("name", "numbers"), [("data", 32), ("traj", 24)])
+def test_a_readout_that_was_not_written_to_its_end_is_named(raw, tmp_path, name, numbers):
+    path = tmp_path / "scan.h5"
+    _write_ismrmrd(path, *raw, 1.0)
+    with h5py.File(path, "r+") as file:
+        readouts = file["dataset/data"]
+        last = readouts[15]
+        last[name] = last[name][:-3]
+        readouts[15] = last
+    message = rf"expected {numbers} numbers of {name} in readout 15 .* got {numbers - 3}: .*trunc"
+    with pytest.raises(files.UnreadableFileError, match=message):
+        files.read_kspace(path, files.Reading(n_pulses=5))
+
+
 def test_raw_data_that_cannot_be_read_say_why(raw, tmp_path):
     kspace, spokes = raw
     path = tmp_path / "scan.h5"
@@ -448,6 +507,22 @@ def test_sensitivities_of_the_user_are_those_of_the_physical_coils(run, scanned,
         _reconstruct(run, scanned, tmp_path / "b.nii", sensitivities=tmp_path / "maps.npy")
 
 
+def test_a_shipped_network_stands_for_a_run(run, tmp_path):
+    data, pulses, model = read_data(run)
+    # Nothing of the network itself is needed.
+    trained = stages.Trained(tmp_path, None, {}, data.basis, pulses, model)
+    wanted = stages.DigitalScan(10, cycles=12, coils=2, noise_std=1e-4)
+    images = []
+    for number, source in enumerate((run, trained)):
+        scan = tmp_path / f"{number}.h5"
+        stages.scan_brain(source, scan, wanted, say=silent, progress=silent)
+        options = {"iterations": 2, "l2": 0.1, "llr": None}
+        images.append(_reconstruct(source, scan, tmp_path / f"{number}.nii.gz", **options))
+        assert files.recorded_basis(tmp_path / f"{number}.nii.gz") == data.basis.digest
+    # Several threads of finufft add in any order.
+    assert _relative(images[1], images[0]) < 1e-4
+
+
 def test_the_commands_scan_and_reconstruct(run, tmp_path, monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr("sys.argv", ["fisherprint", *map(str, arguments)])
@@ -479,12 +554,21 @@ def test_the_commands_scan_and_reconstruct(run, tmp_path, monkeypatch, capsys):
     assert files.open_cfl(images).shape[:7] == (10, 10, 10, 1, 1, 1, 6)
     code, printed = call(*arguments, "--l2", 0.1)
     assert code == 2 and "already there" in printed.err
+    # The data are of 24 pulses; the bundled train has 1142.
+    code, printed = call(*arguments[:2], "--model", "bundled", "-o", tmp_path / "b.cfl", "--l2", 1)
+    assert code == 2 and "T=1142" in printed.err
+    again = (*arguments, "--force", "--l2", 0.1)
+    for words in (again, ("scan", run.folder, "-o", tmp_path / "b.h5")):
+        code, printed = call(*words, "--model", "bundled")
+        assert code == 2 and "or --model; got both or neither" in printed.err.replace("\n", " ")
 
 
 def test_forecast_of_a_whole_head_fits_into_24_gib():
     request = planning.Request((240, 240, 240), 13, False, 20, 205_000 * 480, 30)
     ahead = planning.forecast(request, planning.Speed(1e-9, 1e-6))
     assert 10 < ahead.peak / 2**30 < 24
+    # What ESPIRiT of 20 coils took beyond the libraries, in a run of its own at 32³.
+    assert 1.45 < ahead.memory["sensitivities"] / 2**30 < 1.6
     # 91 fields of eight pieces.
     assert toeplitz.n_bytes(request.matrix, 13, hermitian=False) == 4 * 91 * 8 * 240**3
 

@@ -23,6 +23,7 @@ from threadpoolctl import threadpool_info
 import fisherprint as fp
 from fisherprint import _threads, cli, experiment, files, simulate
 from fisherprint.parameters import paper_prior
+from fisherprint.reconstruct import encoding, lowrank, solve, toeplitz
 from fisherprint.simulate import SHARD, SPLITS, Simulation, dataset
 
 # Three shards to train with, one of them not full, and one of each other split.
@@ -335,6 +336,40 @@ def test_dask_and_the_death_of_a_worker(asked: Path, undisturbed: Path, tmp_path
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert files.file_digest(run / "dataset.h5") == files.file_digest(undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore::fisherprint.reconstruct.encoding.UndersampledWarning")
+def test_reconstruction_on_two_dask_workers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+
+    def gaussian(*shape: int) -> np.ndarray:
+        return rng.standard_normal((*shape, 2)).astype(np.float32).view(np.complex64)[..., 0]
+
+    matrix, coils = (8, 9, 6), gaussian(9, 8, 9, 6)
+    points = rng.uniform(-0.5, 0.5, (12, 20, 11, 3)) * np.array(matrix)
+    sampling = encoding.Sampling(points, np.linalg.qr(gaussian(12, 2))[0], matrix)
+    kernel = toeplitz.kernel(sampling, path=tmp_path / "kernel.h5")
+    right, prior = gaussian(2, *matrix), lowrank.LocallyLowRank(0.1, 4)
+
+    def images(executor: Executor) -> np.ndarray:
+        """Of three iterations, 8 pieces by 3 groups of coils each."""
+
+        def normal(x: np.ndarray) -> np.ndarray:
+            return toeplitz.normal(kernel, coils, x, executor=executor)
+
+        step = solve.STEP / solve.largest_eigenvalue(normal, right)
+        states = solve.fista(normal, right, prior, step=step)
+        return next(state.images for state in states if state.iteration == 3)
+
+    with (
+        cluster(2) as running,
+        experiment.workers(scheduler=running.scheduler_address) as found,
+    ):
+        assert found.number == 2
+        result = images(found.executor)
+    # The same tasks, and their sum in the same order.
+    with ThreadPoolExecutor(2) as pool:
+        np.testing.assert_array_equal(result, images(pool))
 
 
 def test_a_full_disk_loses_nothing(

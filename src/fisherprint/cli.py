@@ -271,13 +271,7 @@ def map_(
 
     if (basis is None) != (basis_key is None):
         raise typer.BadParameter("--basis and --basis-key belong together; got one of them.")
-    source: Run | Trained
-    if run is not None and model is None:
-        source = stages.open_run(run)
-    elif model is not None and run is None:
-        source = stages.shipped.load(model)
-    else:
-        raise typer.BadParameter("expected --run or --model; got both or neither. Name one.")
+    source = _source(run, model)
     section = stages.MapSection(
         coefficients=coefficients,
         key=key,
@@ -872,6 +866,17 @@ def _run_all(
         display.say(f"report: {page.resolve()}")
 
 
+def _source(run: Path | None, model: str | None, option: str = "--run") -> Run | Trained:
+    """A run, or a shipped network."""
+    from fisherprint import experiment as stages
+
+    if run is not None and model is None:
+        return stages.open_run(run)
+    if model is not None and run is None:
+        return stages.shipped.load(model)
+    raise typer.BadParameter(f"expected {option} or --model; got both or neither. Name one.")
+
+
 # As for `crb`; what a file mostly says itself, docs/reconstruction.md lists.
 @app.command(
     name="reconstruct",
@@ -880,8 +885,11 @@ def _run_all(
 )
 def reconstruct_(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Of .h5, ISMRMRD or .cfl.")],
-    run: Annotated[Path, typer.Option(metavar="RUN", help="With the basis.")],
     output: Annotated[Path, typer.Option("--output", "-o", help=".nii.gz or .cfl.")],
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Has the basis; or --model NAME.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", hidden=True)] = None,
     llr: Annotated[float | None, typer.Option(metavar="λ", help="Locally low rank.")] = None,
     block: Annotated[
         int, typer.Option(metavar="B", help="Its blocks: edge; else 8.", show_default=False)
@@ -919,7 +927,7 @@ def reconstruct_(
     wanted = stages.Reconstruction(llr, l2, block, iterations, coils, sensitivities, memory)
     with stages.workers(None, scheduler) as pool, _display() as display:
         stages.reconstruct_run(
-            stages.open_run(run),
+            _source(run, model),
             data,
             output,
             wanted,
@@ -935,8 +943,11 @@ def reconstruct_(
 
 @app.command()
 def scan(
-    run: _Run,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="SCAN.h5")],
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="Run folder,")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="or a shipped network.")
+    ] = None,
     matrix: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge.")] = 48,
     fov: Annotated[float, typer.Option(metavar="MM", help="Field of view in mm.")] = 224.0,
     cycles: Annotated[int, typer.Option(metavar="N", help="Cycles of the train.")] = 20,
@@ -960,7 +971,11 @@ def scan(
     )
     with _display() as display:
         stages.scan_brain(
-            stages.open_run(run), output, wanted, say=display.say, progress=display.progress
+            _source(run, model, "RUN"),
+            output,
+            wanted,
+            say=display.say,
+            progress=display.progress,
         )
 
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from fisherprint import _checks, _storage, files
 from fisherprint.experiment.folder import Run, read_data
+from fisherprint.experiment.mapping import Trained
+from fisherprint.models.protocol import SignalModel
 from fisherprint.reconstruct import (
     coils,
     encoding,
@@ -106,8 +108,15 @@ class _Prepared:
     scale: float
 
 
+def _basis_and_model(source: Run | Trained) -> tuple[Basis, SignalModel]:
+    if isinstance(source, Trained):
+        return source.basis, source.model
+    data, _, model = read_data(source)
+    return data.basis, model
+
+
 def reconstruct_run(
-    run: Run,
+    source: Run | Trained,
     data: Path,
     output: Path,
     wanted: Reconstruction,
@@ -122,7 +131,7 @@ def reconstruct_run(
     """Raw data to coefficient images in the basis of a run.
 
     Args:
-        run: its data set has the basis.
+        source: a run, whose data set has the basis, or a shipped network.
         data: k-space, as `files.read_kspace` takes it.
         output: `.nii.gz`, `.nii` or `.cfl`.
         wanted: prior, iterations, coils.
@@ -146,7 +155,7 @@ def reconstruct_run(
         raise ReconstructionError(
             f"expected images as .nii.gz, .nii or .cfl; got {output}. Change the suffix."
         )
-    basis = read_data(run)[0].basis
+    basis, _ = _basis_and_model(source)
     reading = reading or files.Reading()
     raw = files.read_kspace(
         data,
@@ -238,6 +247,7 @@ def _require_memory(
         int(np.prod(sampling.samples)),
         wanted.iterations,
         wanted.llr is not None,
+        wanted.sensitivities is None,
     )
     ahead = planning.forecast(request, planning.measure())
     for line in ahead.lines():
@@ -408,15 +418,15 @@ class DigitalScan:
 
 
 def scan_brain(
-    run: Run, output: Path, wanted: DigitalScan, *, say: Say, progress: Progress
+    source: Run | Trained, output: Path, wanted: DigitalScan, *, say: Say, progress: Progress
 ) -> None:
-    """Scan the digital brain with the train of a run, through coils and with noise.
+    """Scan the digital brain with the train of a run or of a shipped network, with noise.
 
     Writes `output`, raw data with trajectory, noise samples and true sensitivities; and beside it
     `<name>-truth/`: the coefficient images without noise, the mask, masks of the tissues.
 
     Args:
-        run: its data set has train, basis and model.
+        source: a run, whose data set has train, basis and model, or a shipped network.
         output: `.h5`.
         wanted: the scan.
         say: told what was written.
@@ -428,7 +438,7 @@ def scan_brain(
     """
     if output.suffix != ".h5":
         raise ReconstructionError(f"expected raw data as .h5; got {output}. Change the suffix.")
-    data, _, model = read_data(run)
+    basis, model = _basis_and_model(source)
     voxel = wanted.field_of_view / wanted.matrix
     corner = [middle - voxel * (wanted.matrix // 2) for middle in _MIDDLE]
     # A little more than the last centre, so that rounding loses no voxel.
@@ -440,7 +450,7 @@ def scan_brain(
         voxel_size=voxel,
     )
     mask, theta = brain.mask, brain.theta[brain.mask]
-    n_pulses = len(data.basis.vectors)
+    n_pulses = len(basis.vectors)
     there = planning.available_memory()
     if there is not None and 8 * len(theta) * n_pulses > there:
         raise MemoryForecastError(
@@ -476,13 +486,11 @@ def scan_brain(
     shape = (wanted.coils, n_pulses, wanted.cycles, len(position))
     samples = scanning.acquire(spokes, maps, frame, noise_std=wanted.noise_std, rng=rng)
     files.write_kspace(output, shape, samples, **others)
-    truth = np.zeros((*mask.shape, data.basis.rank), np.complex64)
-    truth[mask] = signals.T @ data.basis.vectors.conj().astype(np.complex64)
+    truth = np.zeros((*mask.shape, basis.rank), np.complex64)
+    truth[mask] = signals.T @ basis.vectors.conj().astype(np.complex64)
     folder = output.with_name(output.stem + "-truth")
     volume = files.Volume(truth, brain.affine)
-    files.write_coefficients(
-        folder / "coefficients.nii.gz", volume, basis_sha256=data.basis.digest
-    )
+    files.write_coefficients(folder / "coefficients.nii.gz", volume, basis_sha256=basis.digest)
     files.write_mask(folder / "mask.nii.gz", mask, volume=volume)
     for tissue, share in zip(brain.tissues, np.moveaxis(brain.fractions, -1, 0), strict=True):
         if (share > _PURE).any():

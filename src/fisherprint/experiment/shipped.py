@@ -204,11 +204,24 @@ def demonstrate(trained: Trained, out: Path, *, force: bool, say: Say, progress:
     )
     say("map ...")
     map_run(trained, section, run.maps, overwrite=force, say=say, progress=progress)
+    return write_page(trained, run)
+
+
+def write_page(trained: Trained, run: Run) -> Path:
+    """The report of maps that a shipped network made; its path.
+
+    Args:
+        trained: the network.
+        run: a folder of these maps, by the title of its experiment.
+
+    Raises:
+        UnreadableFileError: there are no maps yet, or they are damaged.
+    """
     shown = [
         trained.model.parameters[trained.model.index(name)] for name in trained.card["estimated"]
     ]
     html = report.page(
-        title,
+        run.experiment.title,
         "\n\n".join(line.strip() for line in described(trained)),
         [
             *pages.map_sections(run, shown),

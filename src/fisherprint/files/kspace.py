@@ -266,9 +266,11 @@ def _read_ismrmrd(group: h5py.Group, path: Path, reading: Reading) -> RawData:
     for number, row in enumerate(used):
         cycle, pulse = divmod(number, n_pulses)
         item = group["data"][row]
-        kspace[:, pulse, cycle] = item["data"].view("<c8").reshape(n_coils, n_all)[:, part]
+        samples = _values(item, "data", 2 * n_coils * n_all, int(row), path).view("<c8")
+        kspace[:, pulse, cycle] = samples.reshape(n_coils, n_all)[:, part]
         if dimensions and not known:
-            spokes[pulse, cycle, :, :dimensions] = item["traj"].reshape(n_all, dimensions)[part]
+            along = _values(item, "traj", n_all * dimensions, int(row), path)
+            spokes[pulse, cycle, :, :dimensions] = along.reshape(n_all, dimensions)[part]
     if not known:
         if not dimensions:
             raise _no_trajectory(path)
@@ -279,6 +281,19 @@ def _read_ismrmrd(group: h5py.Group, path: Path, reading: Reading) -> RawData:
             [group["data"][row]["data"].view("<c8").reshape(n_coils, -1) for row in noise], 1
         )
     return _assembled(kspace, known | _header(group, path), reading, path)
+
+
+def _values(
+    item: NDArray[np.void], name: str, size: int, row: int, path: Path
+) -> NDArray[np.float32]:
+    """Of one readout; where writing was interrupted, its header is there and they are not."""
+    values: NDArray[np.float32] = item[name]
+    if values.size != size:
+        raise UnreadableFileError(
+            f"expected {size} numbers of {name} in readout {row} of {path}; got {values.size}: "
+            "the file is truncated or damaged. Copy it again, or remove the readout."
+        )
+    return values
 
 
 def _header(group: h5py.Group, path: Path) -> dict[str, Any]:

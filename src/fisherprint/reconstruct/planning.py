@@ -22,6 +22,8 @@ from fisherprint.reconstruct.encoding import Matrix
 _IMAGES = 9
 # Products, copies and sums beside the transforms.
 _BESIDE = 1.4
+# ESPIRiT's patches, and matrices of their size that exist at once: 5.2 with 20 coils.
+_PATCH, _PATCHES = 6, 5.5
 # Applications of the power iteration, from the back projection.
 _POWER = 6
 
@@ -38,6 +40,7 @@ class Request:
         samples: of one coil, T S R.
         iterations: how many.
         eigenvalue: whether the largest eigenvalue is needed, by FISTA.
+        espirit: whether sensitivities are found from the data.
     """
 
     matrix: Matrix
@@ -47,6 +50,7 @@ class Request:
     samples: int
     iterations: int
     eigenvalue: bool = True
+    espirit: bool = True
 
     @property
     def n_voxels(self) -> int:
@@ -144,6 +148,9 @@ def forecast(request: Request, speed: Speed) -> Forecast:
         "kernel": points + 1.25**axes * doubled + 1.8 * doubled,
         "iterations": _IMAGES * images + maps + piece,
     }
+    if request.espirit:
+        unknowns = request.coils * math.prod(min(_PATCH, n) for n in request.matrix)
+        memory["sensitivities"] = _PATCHES * 16 * unknowns**2
     # Maps, b and what an interrupted iteration leaves: images, direction and remainder.
     disk = kernel + maps + 4 * images + 8.0 * request.coils * request.samples
 
