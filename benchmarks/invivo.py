@@ -83,7 +83,8 @@ def main() -> None:
     parser.add_argument("nlls", type=Path, help="maps of `fisherprint fit`")
     parser.add_argument("network", type=Path, help="maps of a network of the same images")
     parser.add_argument("-o", "--output", type=Path, required=True, help="PNG")
-    parser.add_argument("--quarter-turns", type=int, default=1, help="of the pictures")
+    parser.add_argument("--turns", type=int, default=1, help="quarter turns of the pictures")
+    parser.add_argument("--every", type=int, default=1, help="voxel drawn, if not all are fitted")
     arguments = parser.parse_args()
     described = [two_pool.PARAMETERS[name] for name in NAMES]
     reference = files.read_maps(arguments.nlls, NAMES).maps
@@ -97,7 +98,10 @@ def main() -> None:
             print(row(tissue, inside, parameter, reference, estimate))
 
     def turned(volume: maps.Maps) -> dict[str, NDArray[np.float64]]:
-        return {name: np.rot90(volume[name], -arguments.quarter_turns) for name in volume.names}
+        return {
+            name: np.rot90(volume[name][:: arguments.every, :: arguments.every], arguments.turns)
+            for name in volume.names
+        }
 
     shown = [parameter for parameter in described if parameter.name in mapped]
     figure = report.map_panel(

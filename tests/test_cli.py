@@ -171,6 +171,7 @@ def test_a_run_leaves_the_products_of_every_stage(finished: tuple[Path, Path]) -
         "network/checkpoint.safetensors",
         *(f"maps/{name}.{end}" for name in ("m0s", "T1", "T2f") for end in ("nii.gz", "json")),
         *("maps/white_matter.nii.gz", "maps/summary.json"),
+        *("maps/status.nii.gz", "maps/status.json"),
         *("brain/coefficients.nii.gz", "brain/coefficients.json", "brain/mask.nii.gz"),
         *(
             f"brain/truth/{name}.{end}"
