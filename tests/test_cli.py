@@ -383,7 +383,7 @@ def test_the_noise_of_images_is_taken_by_any_network(
     # Stored in single precision.
     np.testing.assert_allclose(stds[1][inside], 2 * stds[0][inside], rtol=1e-6)
     said = done(*arguments, "-o", tmp_path / "bare", "--no-errors")
-    assert "noise" not in said and "status: " in said
+    assert "noise σ" not in said and "status: " in said
     assert not (tmp_path / "bare" / "T1_std.nii.gz").exists()
 
 
