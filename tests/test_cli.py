@@ -540,7 +540,9 @@ def start_training(run: Path) -> subprocess.Popen[str]:
     )
     checkpoint, deadline = run / "network/checkpoint.safetensors", time.monotonic() + 60
     while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()  # or it would never say what it has said
+            pytest.fail(str(process.communicate()))
         time.sleep(0.01)
     return process
 
