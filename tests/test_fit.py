@@ -357,8 +357,13 @@ def test_where_noise_leaves_no_macromolecules_it_is_the_fit_without(two_pool):
     other = without.fit(x[at_bound], start=theta[at_bound])
     seen = [model.index(name) for name in ("T1", "T2f", "B0", "B1")]
     np.testing.assert_allclose(found.theta[at_bound][:, seen], other.theta[:, seen], rtol=1e-5)
-    assert np.isinf(found.std[at_bound][:, model.index("Rx")]).all()
-    assert np.isfinite(found.std[at_bound][:, seen]).all()
+    variance = np.diagonal(found.covariance, axis1=1, axis2=2)[at_bound]
+    assert np.isinf(variance[:, model.index("Rx")]).all()
+    assert np.isfinite(variance[:, seen]).all()
+    # Limits are all that tells Rx there: a uniform distribution between them.
+    low, high = BOUNDS["Rx"]
+    spread = (high - low) / np.sqrt(12)
+    np.testing.assert_allclose(found.std[at_bound][:, model.index("Rx")], spread, rtol=1e-6)
 
 
 def test_it_is_efficient_and_knows_its_error(inversion):

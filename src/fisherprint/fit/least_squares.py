@@ -24,6 +24,8 @@ _BATCH_BYTES, _BATCH_MULTIPLE = 24e6, 64
 _ITERATIONS = 150
 # Coefficients have unit norm in the search; nobody measures with a signal-to-noise ratio of 10⁶.
 _FLOOR = 1e-6
+# Variance of a uniform distribution: its width squared over this.
+_UNIFORM = 12.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,10 @@ class Fit:
         covariance: of the estimates, shape (V, P, P), with complex M0 among the unknowns, as if
             no bound were near; 0 for known parameters. What the signal does not determine has
             an infinite variance, and NaN as covariance.
+        std: standard deviations of the estimates, shape (V, P). An estimate stays within the
+            limits of the search, so they are knowledge: each pair counts as a uniform
+            distribution, with the information 12/(high - low)². Where the data tell much more
+            than limits do, this is the root of the covariance's diagonal.
         noise_std: σ of real and imaginary part each that this holds for, shape (V,).
         iterations: steps that the best search tried, shape (V,).
         reason: why it ended, one `Reason` a voxel, shape (V,).
@@ -48,14 +54,10 @@ class Fit:
     m0: Complex
     residual: Floats
     covariance: Floats
+    std: Floats
     noise_std: Floats
     iterations: Integers
     reason: NDArray[np.int8]
-
-    @property
-    def std(self) -> Floats:
-        """Standard deviations of the estimates, shape (V, P)."""
-        return np.sqrt(np.diagonal(self.covariance, axis1=1, axis2=2))
 
     @property
     def converged(self) -> NDArray[np.bool_]:
@@ -198,6 +200,7 @@ class LeastSquares:
             m0=np.full(size, np.nan, dtype=np.complex128),
             residual=np.full(size, np.nan),
             covariance=np.full((size, len(names), len(names)), np.nan),
+            std=np.full((size, len(names)), np.nan),
             noise_std=np.full(size, np.nan),
             iterations=np.zeros(size, dtype=np.intp),
             reason=np.full(size, Reason.NO_SIGNAL, dtype=np.int8),
@@ -273,10 +276,15 @@ class LeastSquares:
             sigma = np.where(np.isnan(sigma), residual / np.sqrt(degrees), sigma)
         result.noise_std[voxels] = sigma
         # JᵀJ of a voxel scaled to ‖x‖ = 1 is the information for σ = 1, M0 unknown.
-        inverse = fisher.covariance(found.local.curvature[best])
+        information, variance = found.local.curvature[best], np.square(sigma / norm)[:, None]
         covariance = np.zeros((len(best), *result.covariance.shape[1:]))
-        covariance[:, free[:, None], free] = inverse * ((sigma / norm) ** 2)[:, None, None]
+        covariance[:, free[:, None], free] = variance[..., None] * fisher.covariance(information)
         result.covariance[voxels] = covariance
+        limits = np.diag(_UNIFORM / np.square(high[0] - low[0]))
+        information = information + np.nan_to_num(variance)[..., None] * limits
+        std = np.zeros((len(best), result.std.shape[1]))
+        std[:, free] = np.sqrt(variance * fisher.bounds(information))
+        result.std[voxels] = std
 
     def _starts(self, given: Complex) -> Floats:
         """Starts of V voxels, shape (V, R, P)."""
