@@ -363,6 +363,14 @@ def test_a_start_is_trained_on(tiny_run: list[tuple[Epoch, State]]) -> None:
     steps = list(train(TINY, HELD_OUT, still, start=weights))
     # Steps of 1e-12 do not change single precision; the validation noise is the same.
     assert steps[0][0].validation_losses == tiny_run[-1][0].validation_losses
+    # It knows every phase: that of which the first coefficient is real, too.
+    removed = still.model_copy(update={"remove_phase": True})
+    epoch, state = next(train(TINY, HELD_OUT, removed, start=weights))
+    turned = epoch.validation_losses["mse"]
+    assert turned != tiny_run[-1][0].validation_losses["mse"]
+    assert turned == pytest.approx(tiny_run[-1][0].validation_losses["mse"], rel=0.2)
+    with pytest.raises(ValueError, match="got other without_phase"):
+        next(train(TINY, HELD_OUT, still, start=state.weights))
     for other, message in (
         ({"estimated": ("R", "w")}, r"got other linear\.13\.bias.* output_mean"),
         ({"bounded": True}, "got other output_range"),

@@ -189,7 +189,8 @@ def train(
         validation: likewise; its noise is the same in each epoch and for each seed.
         config: all else.
         start: weights to start from instead of random ones, a network's `state_dict`; its scaling
-            of inputs and outputs stays.
+            of inputs and outputs stays. One that knows every phase may go on with the phase
+            removed.
         state: where to resume; its config may differ in `epochs` alone.
         device: where the network is trained.
         ranks: the processes that train it together, each of which calls this with the same
@@ -371,6 +372,9 @@ def _begin(
     else:
         network = _new_network(training, config)
         if start is not None:
+            if config.remove_phase:
+                # A network that has seen every phase knows this one.
+                start = {"without_phase": torch.tensor(True), **start}
             new, old = (_shapes(weights) for weights in (network.state_dict(), start))
             if new != old:
                 unlike = sorted(name for name, _ in new.items() ^ old.items())
