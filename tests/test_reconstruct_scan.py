@@ -565,7 +565,7 @@ def test_the_commands_scan_and_reconstruct(run, tmp_path, monkeypatch, capsys):
 
 def test_forecast_of_a_whole_head_fits_into_24_gib():
     request = planning.Request((240, 240, 240), 13, False, 20, 205_000 * 480, 30)
-    ahead = planning.forecast(request, planning.Speed(1e-9, 1e-6))
+    ahead = planning.forecast(request, planning.Speed(1e-9, 1e-7, 1e-8))
     assert 10 < ahead.peak / 2**30 < 24
     # What ESPIRiT of 20 coils took beyond the libraries, in a run of its own at 32³.
     assert 1.45 < ahead.memory["sensitivities"] / 2**30 < 1.6

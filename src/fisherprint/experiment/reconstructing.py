@@ -249,7 +249,7 @@ def _require_memory(
         wanted.llr is not None,
         wanted.sensitivities is None,
     )
-    ahead = planning.forecast(request, planning.measure())
+    ahead = planning.forecast(request, planning.measure(request))
     for line in ahead.lines():
         say(line)
     there = planning.available_memory() if wanted.memory is None else wanted.memory * 2**30
