@@ -196,6 +196,20 @@ def check_status(
     assert (status == maps.Status.FINE).sum() > 20
 
 
+def test_limits_of_what_no_network_would_tell_are_no_status(run: Run) -> None:
+    """T2s stands at a limit in half of all white matter: that is no news (decision 040)."""
+    _, pulses, model = stages.read_data(run)
+    bounds = fitting._bounds(fitting._prior(run, model, pulses), model)
+    middle = np.array([np.mean(bounds[name]) for name in model.names])
+    theta = np.tile(middle, (3, 1))
+    theta[1, model.index("T2s")] = bounds["T2s"][1]
+    theta[2, model.index("m0s")] = bounds["m0s"][0]
+    found = {"theta": theta, "reason": np.zeros(3), "residual": np.zeros(3)}
+    estimator = fit.LeastSquares(model, stages.read_data(run)[0].basis, middle, bounds=bounds)
+    status = fitting._status(found, estimator, list(run.experiment.training.estimated), 1.0)
+    assert list(status) == [maps.Status.FINE, maps.Status.FINE, maps.Status.AT_BOUND]
+
+
 def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
     run: Run, images: Path, tmp_path: Path
 ) -> None:

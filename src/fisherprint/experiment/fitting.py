@@ -407,7 +407,7 @@ def _status(
 ) -> NDArray[np.uint8]:
     """One `maps.Status` a voxel; at a bound are those that a network of the run would tell."""
     at_bound = np.zeros(len(found["theta"]), dtype=np.bool_)
-    for name in estimator.estimated or ():
+    for name in told:
         values, (low, high) = (
             found["theta"][:, estimator.model.index(name)],
             estimator.bounds[name],
