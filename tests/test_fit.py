@@ -228,7 +228,11 @@ def together(simulate, number):
 
 
 def by_scipy(model, basis, x, start, low, high):
-    """Each voxel by scipy's trust region with the exact Jacobian of Golub and Pereyra."""
+    """Each voxel by scipy's trust region with the exact Jacobian of Golub and Pereyra.
+
+    In flat valleys its trust region shrinks to nothing some 1e-4 √CRB from the minimum (status 3,
+    "xtol"). So it searches on from there, in coordinates in which JᵀJ is one.
+    """
     ask, leave = together(lambda theta: coefficients(model, basis, theta), len(x))
 
     def one(k):
@@ -254,19 +258,37 @@ def by_scipy(model, basis, x, start, low, high):
             J = -m0 * (jacobian - along) - np.outer(c, jacobian.conj().T @ r) / energy
             return np.concatenate([J.real, J.imag])
 
+        limit = {"ftol": 1e-15, "xtol": 1e-15, "gtol": 1e-15, "max_nfev": 500}
         room = 1e-9 * np.where(np.isfinite(high - low), high - low, 1)
         try:
-            return scipy.optimize.least_squares(
+            found = scipy.optimize.least_squares(
                 residual,
                 np.clip(start[k], low + room, high - room),
                 jac=slopes,
                 bounds=(low, high),
                 x_scale="jac",
-                ftol=1e-15,
-                xtol=1e-15,
-                gtol=1e-15,
-                max_nfev=500,
+                **limit,
             )
+            # Bounds that hold: scipy stays just inside of them.
+            free = (found.x > low + 2 * room) & (found.x < high - 2 * room)
+            # Where nothing tells a parameter there are no such coordinates.
+            size = np.linalg.norm(found.jac, axis=0) * np.where(room > 0, room, 1)
+            free &= size > 1e-6 * size.max()
+            steps = np.zeros((len(low), free.sum()))
+            steps[free] = np.linalg.inv(np.linalg.qr(found.jac[:, free])[1])
+
+            def place(z):
+                return np.clip(found.x + steps @ z, low, high)
+
+            on = scipy.optimize.least_squares(
+                lambda z: residual(place(z)),
+                np.zeros(free.sum()),
+                jac=lambda z: slopes(place(z)) @ steps,
+                **limit,
+            )
+            if on.cost <= found.cost:
+                found.x, found.cost = place(on.x), on.cost
+            return found
         finally:
             leave()
 
@@ -274,21 +296,19 @@ def by_scipy(model, basis, x, start, low, high):
         return list(pool.map(one, range(len(x))))
 
 
-def compared(model, basis, theta, std, rng, *, again=0):
+def compared(model, basis, theta, std, rng):
     """Largest difference to scipy's estimates in √CRB, and ours less its cost, by voxel.
 
-    Scipy starts `again` from where it ended: in flat valleys its trust region shrinks to nothing
-    some 1e-4 √CRB from the minimum (status 3, "xtol"), and a new search has a new one.
+    √CRB where the estimates are: the valley that rounding blurs is the one there, and may be ten
+    times as flat as at the truth.
     """
-    root = root_bound(model, basis, theta, std)
     x = coefficients(model, basis, theta)[0] * np.exp(2j * np.pi * rng.random((len(theta), 1)))
     x += std * noise(x.shape, rng)
     estimator = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS)
     ours = estimator.fit(x, start=theta)
+    root = root_bound(model, basis, ours.theta, std)
     low, high = estimator._limits
     theirs = by_scipy(model, basis, x, theta, low, high)
-    for _ in range(again):
-        theirs = by_scipy(model, basis, x, [found.x for found in theirs], low, high)
     difference = np.abs(ours.theta - [found.x for found in theirs]) / root
     # Scipy stays just inside of bounds; at m0s = 0 nothing tells Rx and T2s.
     free = ours["m0s"] < 1e-9
@@ -321,7 +341,7 @@ def test_200_voxels_of_the_bundled_train_against_scipy():
     basis = fp.subspace.fit(
         (model.simulate(prior.sample(128, rng=rng)) for _ in range(16)), rank=13, method="crb-svd"
     )
-    difference, lower, _ = compared(model, basis, prior.sample(200, rng=rng), 5e-3, rng, again=3)
+    difference, lower, _ = compared(model, basis, prior.sample(200, rng=rng), 5e-3, rng)
     same = difference < 1e-4
     assert same.mean() >= 0.99
     assert (lower[~same] < 0).mean() >= 0.5
