@@ -30,7 +30,7 @@ def quiet(*_):
 scan = folder / "scan.h5"
 cycles = 64 if FINE else 8
 wanted = stages.DigitalScan(MATRIX, cycles=cycles, coils=4, oversampling=1, noise_std=0.002)
-stages.scan_brain(network, scan, wanted, say=print, progress=quiet)
+stages.scan_phantom(network, scan, wanted, say=print, progress=quiet)
 
 # %% Images of the network's 20 coefficients: sensitivities by ESPIRiT, locally low rank
 images = folder / "coefficients.nii.gz"

@@ -391,7 +391,7 @@ def run(tmp_path_factory) -> stages.Run:
 def scanned(run, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("scan") / "scan.h5"
     wanted = stages.DigitalScan(14, cycles=25, coils=4, noise_std=1e-4)
-    stages.scan_brain(run, path, wanted, say=silent, progress=silent)
+    stages.scan_phantom(run, path, wanted, say=silent, progress=silent)
     return path
 
 
@@ -507,6 +507,36 @@ def test_sensitivities_of_the_user_are_those_of_the_physical_coils(run, scanned,
         _reconstruct(run, scanned, tmp_path / "b.nii", sensitivities=tmp_path / "maps.npy")
 
 
+def test_the_tubes_are_scanned_as_a_slice(run, tmp_path):
+    wanted = stages.DigitalScan(40, cycles=16, coils=4, noise_std=1e-4, tubes=True)
+    scan = tmp_path / "scan.h5"
+    stages.scan_phantom(run, scan, wanted, say=silent, progress=silent)
+    images = _reconstruct(run, scan, tmp_path / "images.nii.gz", iterations=30, block=8)
+    folder = tmp_path / "scan-truth"
+    truth = nibabel.load(folder / "coefficients.nii.gz")
+    assert truth.shape == images.shape == (40, 40, 1, 6)
+    np.testing.assert_allclose(truth.header.get_zooms()[:2], 128 / 40)
+    regions = sorted((folder / "tubes").iterdir())
+    assert len(regions) == 6
+    ratios = []
+    for path in regions:
+        inside = np.asarray(nibabel.load(path).dataobj) > 0
+        assert 15 < inside.sum() < np.pi * 14**2 / (128 / 40) ** 2
+        found, expected = (
+            np.median((x[inside][:, 1] / x[inside][:, 0]).real)
+            for x in (images, np.asarray(truth.dataobj))
+        )
+        ratios.append((found, expected))
+    # Tubes differ, and each is found again.
+    found, expected = np.array(ratios).T
+    assert (np.abs(found - expected) < 0.1 * np.ptp(expected)).all()
+    with pytest.raises(ValueError, match="edge of 128 mm; got a field of view of 224 mm"):
+        stages.DigitalScan(40, 224.0, tubes=True)
+    with pytest.raises(ValueError, match=r"must be at most 4\.7 mm"):
+        coarse = stages.DigitalScan(16, tubes=True)
+        stages.scan_phantom(run, scan, coarse, say=silent, progress=silent)
+
+
 def test_a_shipped_network_stands_for_a_run(run, tmp_path):
     data, pulses, model = read_data(run)
     # Nothing of the network itself is needed.
@@ -515,7 +545,7 @@ def test_a_shipped_network_stands_for_a_run(run, tmp_path):
     images = []
     for number, source in enumerate((run, trained)):
         scan = tmp_path / f"{number}.h5"
-        stages.scan_brain(source, scan, wanted, say=silent, progress=silent)
+        stages.scan_phantom(source, scan, wanted, say=silent, progress=silent)
         options = {"iterations": 2, "l2": 0.1, "llr": None}
         images.append(_reconstruct(source, scan, tmp_path / f"{number}.nii.gz", **options))
         assert files.recorded_basis(tmp_path / f"{number}.nii.gz") == data.basis.digest

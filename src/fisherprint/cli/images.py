@@ -267,7 +267,12 @@ def scan(
         str | None, typer.Option(metavar="NAME", help="or a shipped network.")
     ] = None,
     matrix: Annotated[int, typer.Option(metavar="N", help="Voxels along an edge.")] = 48,
-    fov: Annotated[float, typer.Option(metavar="MM", help="Field of view in mm.")] = 224.0,
+    fov: Annotated[
+        float | None, typer.Option(metavar="MM", help="Field of view; else 224, tubes 128.")
+    ] = None,
+    tubes: Annotated[
+        bool, typer.Option("--tubes", help="A slice through the digital tubes, not the brain.")
+    ] = False,
     cycles: Annotated[int, typer.Option(metavar="N", help="Cycles of the train.")] = 20,
     coils: Annotated[int, typer.Option(metavar="N")] = 8,
     noise: Annotated[
@@ -276,7 +281,7 @@ def scan(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     force: Force = False,
 ) -> None:
-    """A digital scan: radial k-space of the digital brain with a run's train.
+    """A digital scan: radial k-space of the digital brain, or tubes, with a run's train.
 
     Example: fisherprint scan runs/demo -o scan.h5 --cycles 20
     """
@@ -285,10 +290,10 @@ def scan(
     if not force:
         stages.require_absent(output)
     wanted = stages.DigitalScan(
-        matrix, fov, cycles=cycles, coils=coils, noise_std=noise, seed=seed
+        matrix, fov, cycles=cycles, coils=coils, noise_std=noise, seed=seed, tubes=tubes
     )
     with shown() as display:
-        stages.scan_brain(
+        stages.scan_phantom(
             source_of(run, model, "RUN"),
             output,
             wanted,

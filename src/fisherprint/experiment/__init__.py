@@ -49,7 +49,7 @@ from fisherprint.experiment.reconstructing import (
     DigitalScan,
     Reconstruction,
     reconstruct_run,
-    scan_brain,
+    scan_phantom,
 )
 from fisherprint.experiment.regional import region_table
 from fisherprint.experiment.reproduction import reproduce
@@ -115,7 +115,7 @@ __all__ = [
     "reproduce",
     "require_absent",
     "run_all",
-    "scan_brain",
+    "scan_phantom",
     "shareable",
     "shipped",
     "simulate_run",

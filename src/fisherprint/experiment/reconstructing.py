@@ -29,6 +29,7 @@ from fisherprint.reconstruct import (
     solve,
     toeplitz,
     trajectory,
+    tubes,
 )
 from fisherprint.subspace import Basis
 
@@ -42,6 +43,8 @@ _VOXELS_AT_ONCE = 4096
 _MIDDLE = (0.0, -18.0, 8.0)
 # Voxels of the digital brain that count as one tissue: at least this share of it.
 _PURE = 0.9
+# mm: a head in all directions.
+_HEAD = 224.0
 
 
 class ReconstructionError(ValueError):
@@ -389,41 +392,92 @@ def _write(output: Path, images: encoding.Images, raw: files.RawData, basis: Bas
 
 @dataclass(frozen=True)
 class DigitalScan:
-    """A radial scan of the digital brain.
+    """A radial scan of the digital brain, or of a slice through the digital tubes.
 
     Attributes:
-        matrix: N of a cube.
-        field_of_view: edge of that, mm.
+        matrix: N of a cube, or of the square slice.
+        field_of_view: edge of that, mm; if None, 224, or the 128 of the tubes.
         cycles: how often the train is played.
         coils: how many.
         oversampling: samples along a spoke for each step of 1/(field of view).
         noise_std: σ of the real and of the imaginary part of a sample, where |M0| ≤ 1; a Cartesian
             scan of as many samples as voxels would have the same in its images.
         seed: of the noise.
+        tubes: scan the tubes, not the brain.
     """
 
     matrix: int = 48
-    field_of_view: float = 224.0
+    field_of_view: float | None = None
     cycles: int = 20
     coils: int = 8
     oversampling: int = 2
     noise_std: float = 0.01
     seed: int = 0
+    tubes: bool = False
+
+    @property
+    def edge(self) -> float:
+        """Field of view, mm."""
+        if self.field_of_view is not None:
+            return self.field_of_view
+        return tubes.FIELD_OF_VIEW if self.tubes else _HEAD
 
     def __post_init__(self) -> None:
-        for name in ("matrix", "field_of_view", "cycles", "coils", "oversampling"):
-            _checks.positive(name.replace("_", " "), getattr(self, name))
+        for name in ("matrix", "edge", "cycles", "coils", "oversampling"):
+            _checks.positive(_CALLED.get(name, name), getattr(self, name))
+        if self.tubes and self.edge != tubes.FIELD_OF_VIEW:
+            raise ValueError(
+                f"the slice of the tubes has an edge of {tubes.FIELD_OF_VIEW:g} mm; got a field "
+                f"of view of {self.edge:g} mm. Leave it out."
+            )
         if not (np.isfinite(self.noise_std) and self.noise_std >= 0):
             raise ValueError(f"σ of the noise must be zero or above; got {self.noise_std}.")
 
 
-def scan_brain(
+_CALLED = {"edge": "field of view"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Object:
+    """What is scanned: θ (N0, N1, N2, P), M0, where it is, and regions of one kind each."""
+
+    theta: NDArray[np.float64]
+    m0: NDArray[np.complex128]
+    mask: NDArray[np.bool_]
+    affine: NDArray[np.float64]
+    kind: str
+    regions: dict[str, NDArray[np.bool_]]
+
+
+def _brain(names: tuple[str, ...], wanted: DigitalScan) -> _Object:
+    voxel = wanted.edge / wanted.matrix
+    corner = [middle - voxel * (wanted.matrix // 2) for middle in _MIDDLE]
+    # A little more than the last centre, so that rounding loses no voxel.
+    low, high = corner, [x + voxel * (wanted.matrix - 0.5) for x in corner]
+    brain = phantom.digital_brain(
+        files.read_tissue_maps(),
+        names,
+        box=((low[0], high[0]), (low[1], high[1]), (low[2], high[2])),
+        voxel_size=voxel,
+    )
+    shares = zip(brain.tissues, np.moveaxis(brain.fractions, -1, 0), strict=True)
+    regions = {tissue: share > _PURE for tissue, share in shares if (share > _PURE).any()}
+    return _Object(brain.theta, brain.m0, brain.mask, brain.affine, "tissues", regions)
+
+
+def _tubes(names: tuple[str, ...], wanted: DigitalScan) -> _Object:
+    found = tubes.digital_tubes(names, voxel_size=wanted.edge / wanted.matrix)
+    regions = {tube: found.eroded == i for i, tube in enumerate(found.tubes, start=1)}
+    return _Object(found.theta, found.m0, found.labels > 0, found.affine, "tubes", regions)
+
+
+def scan_phantom(
     source: Run | Trained, output: Path, wanted: DigitalScan, *, say: Say, progress: Progress
 ) -> None:
-    """Scan the digital brain with the train of a run or of a shipped network, with noise.
+    """Scan brain or tubes with the train of a run or of a shipped network, with noise.
 
     Writes `output`, raw data with trajectory, noise samples and true sensitivities; and beside it
-    `<name>-truth/`: the coefficient images without noise, the mask, masks of the tissues.
+    `<name>-truth/`: the coefficient images without noise, the mask, masks of tissues or tubes.
 
     Args:
         source: a run, whose data set has train, basis and model, or a shipped network.
@@ -434,22 +488,14 @@ def scan_brain(
 
     Raises:
         ModuleNotFoundError: nilearn, which brings the tissues, is not installed.
+        ValueError: a matrix too coarse for the tubes.
         MemoryForecastError: the signals of all voxels do not fit into memory.
     """
     if output.suffix != ".h5":
         raise ReconstructionError(f"expected raw data as .h5; got {output}. Change the suffix.")
     basis, model = _basis_and_model(source)
-    voxel = wanted.field_of_view / wanted.matrix
-    corner = [middle - voxel * (wanted.matrix // 2) for middle in _MIDDLE]
-    # A little more than the last centre, so that rounding loses no voxel.
-    low, high = corner, [x + voxel * (wanted.matrix - 0.5) for x in corner]
-    brain = phantom.digital_brain(
-        files.read_tissue_maps(),
-        model.names,
-        box=((low[0], high[0]), (low[1], high[1]), (low[2], high[2])),
-        voxel_size=voxel,
-    )
-    mask, theta = brain.mask, brain.theta[brain.mask]
+    scanned = (_tubes if wanted.tubes else _brain)(model.names, wanted)
+    mask, theta = scanned.mask, scanned.theta[scanned.mask]
     n_pulses = len(basis.vectors)
     there = planning.available_memory()
     if there is not None and 8 * len(theta) * n_pulses > there:
@@ -461,8 +507,8 @@ def scan_brain(
     for first in range(0, len(theta), _VOXELS_AT_ONCE):
         part = slice(first, first + _VOXELS_AT_ONCE)
         signals[:, part] = model.signal(theta[part]).T
-        progress("voxels of the digital brain", min(part.stop, len(theta)), len(theta))
-    signals *= brain.m0[mask].astype(np.complex64)
+        progress("voxels of the phantom", min(part.stop, len(theta)), len(theta))
+    signals *= scanned.m0[mask].astype(np.complex64)
 
     def frame(pulse: int) -> NDArray[np.complex64]:
         image = np.zeros(mask.shape, np.complex64)
@@ -471,13 +517,13 @@ def scan_brain(
         return image
 
     position = trajectory.readout(wanted.matrix, wanted.oversampling)
-    spokes = trajectory.radial_scan(n_pulses, wanted.cycles, position)
+    spokes = trajectory.radial_scan(n_pulses, wanted.cycles, position, planar=wanted.tubes)
     maps = scanning.coil_sensitivities(mask.shape, wanted.coils)
     rng = np.random.default_rng(wanted.seed)
     others: dict[str, Any] = {
         "trajectory": spokes,
         "matrix": np.array(mask.shape),
-        "affine": brain.affine,
+        "affine": scanned.affine,
         "sensitivities": maps,
     }
     if wanted.noise_std:
@@ -489,12 +535,11 @@ def scan_brain(
     truth = np.zeros((*mask.shape, basis.rank), np.complex64)
     truth[mask] = signals.T @ basis.vectors.conj().astype(np.complex64)
     folder = output.with_name(output.stem + "-truth")
-    volume = files.Volume(truth, brain.affine)
+    volume = files.Volume(truth, scanned.affine)
     files.write_coefficients(folder / "coefficients.nii.gz", volume, basis_sha256=basis.digest)
     files.write_mask(folder / "mask.nii.gz", mask, volume=volume)
-    for tissue, share in zip(brain.tissues, np.moveaxis(brain.fractions, -1, 0), strict=True):
-        if (share > _PURE).any():
-            path = folder / "tissues" / f"{tissue.replace(' ', '_')}.nii.gz"
-            files.write_mask(path, share > _PURE, volume=volume)
+    for name, region in scanned.regions.items():
+        path = folder / scanned.kind / f"{name.replace(' ', '_')}.nii.gz"
+        files.write_mask(path, region, volume=volume)
     say(f"raw data: {output}")
     say(f"without noise: {folder}")

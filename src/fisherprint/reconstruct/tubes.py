@@ -26,8 +26,10 @@ _WATER_R1, _WATER_R2 = 0.35, 0.5
 # 0.1 mM of MnCl2 with about 7 and 100 1/(s mM) adds this to R1 and R2 of the water, 1/s.
 _DOPED_R1, _DOPED_R2 = 0.7, 10.0
 
-# mm: tubes of 28 mm on a circle in a slice of 128 mm.
-_FIELD_OF_VIEW, _RADIUS, _CIRCLE = 128.0, 14.0, 40.0
+FIELD_OF_VIEW = 128.0
+"""Edge of the slice, mm."""
+# mm: tubes of 28 mm on a circle.
+_RADIUS, _CIRCLE = 14.0, 40.0
 
 
 def mixture(percent: float, *, doped: bool) -> Mapping[str, float]:
@@ -94,7 +96,7 @@ def digital_tubes(names: Sequence[str], *, voxel_size: float = 1.0) -> DigitalTu
             f"the voxels of tubes of {2 * _RADIUS:g} mm must be at most {_RADIUS / 3:.2g} mm; got "
             f"{size:g}. Make them smaller."
         )
-    n = round(_FIELD_OF_VIEW / size)
+    n = round(FIELD_OF_VIEW / size)
     centres = (np.arange(n) - (n - 1) / 2) * size
     x, y = np.meshgrid(centres, centres, indexing="ij")
     labels = np.zeros((n, n), dtype=np.uint8)
