@@ -309,6 +309,8 @@ def test_the_forecast_counts_what_is_left(
     monkeypatch.setattr(fitting, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(fitting, "_PROBE", 4)
     monkeypatch.setattr(fitting, "CHUNK", 8)
+    # No groups, for which the next test is.
+    monkeypatch.setattr(fitting, "_GROUP", 1e-9)
     said: list[str] = []
     options = {"say": said.append, "progress": silent, "known": {"B1": B1}}
     options |= {"start": images.parent / "truth", "n_workers": 2}
@@ -326,6 +328,14 @@ def test_the_forecast_counts_what_is_left(
     stages.fit_run(run, section(images), tmp_path / "maps", **options)
     assert f"expected time: {58 / 8:.0f} s with 2 workers" in said
     assert (tmp_path / "maps" / "summary.json").exists()
+
+
+def test_a_forecast_knows_that_few_voxels_cost_a_whole_group() -> None:
+    iterations = np.array([1, 1, 3, 3])
+    # The start and one step of all, two steps of half of them, in groups of 32.
+    assert fitting._groups(iterations, 64) == 2 + 2 + 1 + 1
+    assert fitting._groups(iterations, 4) == 4
+    assert fitting._groups(np.array([0]), 65) == 3
 
 
 @pytest.mark.parametrize(
