@@ -271,17 +271,18 @@ def scan(
         float | None, typer.Option(metavar="MM", help="Field of view; else 224, tubes 128.")
     ] = None,
     tubes: Annotated[
-        bool, typer.Option("--tubes", help="A slice through the digital tubes, not the brain.")
+        bool, typer.Option("--tubes", help="A slice of the tubes, not the brain.")
     ] = False,
     cycles: Annotated[int, typer.Option(metavar="N", help="Cycles of the train.")] = 20,
     coils: Annotated[int, typer.Option(metavar="N")] = 8,
     noise: Annotated[
-        float, typer.Option(metavar="σ", help="Of Re and Im of a sample, |M0| ≤ 1.")
+        float,
+        typer.Option(metavar="σ", help="Of Re, Im where |M0| ≤ 1; else 0.01.", show_default=False),
     ] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     force: Force = False,
 ) -> None:
-    """A digital scan: radial k-space of the digital brain, or tubes, with a run's train.
+    """A digital scan: radial k-space of brain or tubes with a run's train.
 
     Example: fisherprint scan runs/demo -o scan.h5 --cycles 20
     """
