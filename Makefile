@@ -22,7 +22,8 @@ layers: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 examples: $(VENV)/.dev
-	@set -e; for script in examples/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+	@printf '%s\n' examples/*.py | OMP_NUM_THREADS=1 xargs -n 1 -P 2 sh -c \
+	    'said=$$($(BIN)/python "$$0" 2>&1); code=$$?; echo "$$0"; echo "$$said"; exit $$code'
 
 check: test lint types layers examples
 
