@@ -368,6 +368,7 @@ def test_a_start_is_trained_on(tiny_run: list[tuple[Epoch, State]]) -> None:
     epoch, state = next(train(TINY, HELD_OUT, removed, start=weights))
     turned = epoch.validation_losses["mse"]
     assert turned != tiny_run[-1][0].validation_losses["mse"]
+    # The mean over as many other phases, of a network that has hardly learned any.
     assert turned == pytest.approx(tiny_run[-1][0].validation_losses["mse"], rel=0.2)
     with pytest.raises(ValueError, match="got other without_phase"):
         next(train(TINY, HELD_OUT, still, start=state.weights))
