@@ -584,6 +584,99 @@ def test_it_is_an_estimator_for_audits_and_maps(inversion):
     np.testing.assert_array_equal(again(volume), estimator(volume))
 
 
+# With a prior
+
+
+def test_the_most_probable_estimate_is_that_of_scipy(inversion):
+    """The same sum with the prior's squares as residuals, and M0 as two more unknowns."""
+    model, basis, theta = inversion
+    std, prior = 0.05, {"T1": (1.2, 0.3), "efficiency": (0.9, 0.02)}
+    x = coefficients(model, basis, theta)[0]
+    x = 3j * (x + std * noise(x.shape, np.random.default_rng(12)))
+    estimator = LeastSquares(model, basis, start=[1.0, 0.9], prior=prior, noise_std=3 * std)
+    found = estimator.fit(x)
+
+    def residuals(unknown, voxel):
+        theta, m0 = unknown[:2], complex(*unknown[2:])
+        r = (voxel - m0 * basis.compress(model.signal(theta[None]))[0]) / (3 * std)
+        return np.r_[r.real, r.imag, (theta[0] - 1.2) / 0.3, (theta[1] - 0.9) / 0.02]
+
+    for k, voxel in enumerate(x):
+        best = scipy.optimize.least_squares(
+            residuals,
+            [1.0, 0.9, 0.0, 3.0],
+            args=(voxel,),
+            bounds=([0.05, 0.0, -np.inf, -np.inf], [10.0, 1.0, np.inf, np.inf]),
+            x_scale=[1.0, 0.1, 3.0, 3.0],
+            **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-14),
+        )
+        # Differences of two points leave scipy's slopes 1e-8 off, and a bound its own margin.
+        np.testing.assert_allclose(found.theta[k], best.x[:2], atol=1e-4 * 0.02)
+        np.testing.assert_allclose(found.m0[k], complex(*best.x[2:]), rtol=1e-4)
+        # The residual is that of the signal alone.
+        misfit = 3 * std * np.linalg.norm(residuals(best.x, voxel)[:-2])
+        assert found.residual[k] == pytest.approx(misfit, rel=1e-4)
+    np.testing.assert_array_equal(estimator(x), found.theta)
+    # Twice the noise with twice the M0 is the same voxel.
+    np.testing.assert_allclose(estimator.fit(2 * x, noise_std=6 * std).theta, found.theta, 1e-6)
+
+
+def test_over_the_prior_errors_are_as_announced(inversion):
+    """Parameters from the prior, then noise: the mean square error is the announced variance."""
+    model, basis, _ = inversion
+    rng = np.random.default_rng(13)
+    mean, spread, std, n = np.array([1.2, 0.88]), np.array([0.1, 0.04]), 0.1, 4000
+    theta = mean + spread * rng.standard_normal((n, 2))
+    x = coefficients(model, basis, theta)[0]
+    x = x + std * noise(x.shape, rng)
+    arguments = {"start": mean, "noise_std": std}
+    prior = dict(zip(model.names, zip(mean, spread, strict=True), strict=True))
+    found = LeastSquares(model, basis, prior=prior, **arguments).fit(x)
+    ratio = np.mean((found.theta - theta) ** 2, axis=0) / np.mean(found.std**2, axis=0)
+    # Four standard errors √(2/n), and what a bent model costs where noise is as wide as the prior.
+    np.testing.assert_allclose(ratio, 1, atol=4 * np.sqrt(2 / n) + 0.05)
+    np.testing.assert_allclose(found.std**2, np.diagonal(found.covariance, 0, 1, 2), rtol=1e-9)
+    # The data alone do worse, by more than that.
+    alone = LeastSquares(model, basis, **arguments).fit(x)
+    assert (
+        np.mean((alone.theta - theta) ** 2, axis=0) > 1.3 * np.mean(found.std**2, axis=0)
+    ).all()
+
+
+def test_what_the_signal_does_not_tell_the_prior_does(two_pool):
+    """Without macromolecules Rx and T2s have no effect: the estimate is what was known before."""
+    model, basis, theta = two_pool
+    none = theta[:8].copy()
+    none[:, 0] = 0
+    x = coefficients(model, basis, none)[0]
+    prior = {"m0s": (0.0, 1e-9), "Rx": (44.0, 20.0), "T2s": (12e-6, 3e-6)}
+    estimator = LeastSquares(
+        model, basis, start=theta[0], bounds=BOUNDS, prior=prior, noise_std=1e-3
+    )
+    found = estimator.fit(x, start=none)
+    for name in ("Rx", "T2s"):
+        mean, std = prior[name]
+        np.testing.assert_allclose(found[name], mean, rtol=1e-4)
+        np.testing.assert_allclose(found.std[:, model.index(name)], std, rtol=1e-4)
+    np.testing.assert_allclose(found["T1"], none[:, 1], rtol=1e-4)
+
+
+def test_a_wide_prior_says_nothing(two_pool):
+    model, basis, theta = two_pool
+    x = coefficients(model, basis, theta)[0]
+    x = x + 1e-4 * noise(x.shape, np.random.default_rng(14))
+    prior = dict.fromkeys(model.names, (1.0, 1000000.0))
+    without = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS)
+    weighed = LeastSquares(
+        model, basis, start=theta[0], bounds=BOUNDS, prior=prior, noise_std=1e-4
+    )
+    one, other = (e.fit(x, start=theta, noise_std=1e-4) for e in (without, weighed))
+    units = np.sqrt(np.diagonal(one.covariance, axis1=1, axis2=2))
+    # Where a search ends (decision 031), and rounding in its steps.
+    assert np.median(np.abs(one.theta - other.theta) / units) < 1e-5
+    np.testing.assert_allclose(other.residual, one.residual, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -599,6 +692,11 @@ def test_it_is_an_estimator_for_audits_and_maps(inversion):
         ({"bounds": {"T1": (0.01, 1)}}, ValueError, r"within the model's \[0.05, 10\]"),
         ({"start": [1.0]}, ValueError, r"\(P=2\); got the shape \(1,\)"),
         ({"start": np.ones((2, 2, 2))}, ValueError, "the start must have the axes"),
+        ({"prior": {"T3": (1.0, 1.0)}}, KeyError, "known are T1, efficiency"),
+        ({"prior": {"T1": (1.0, 1.0)}, "known": {"T1": 1.0}}, KeyError, "known are efficiency"),
+        ({"prior": {"T1": (1.0, 0.5)}}, ValueError, "expected a noise_std, against which"),
+        ({"prior": {"T1": (1.0, 0.0)}}, ValueError, "standard deviation of T1's prior must be"),
+        ({"noise_std": -1.0}, ValueError, "noise_std must be a positive"),
         ({"basis": fp.Basis(np.eye(9, 3))}, ValueError, "model's 16 time points; got 9"),
     ],
 )

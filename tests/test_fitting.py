@@ -21,7 +21,7 @@ import pytest
 
 from fisherprint import cli, files, fit, maps
 from fisherprint import experiment as stages
-from fisherprint.experiment import Run, fitting
+from fisherprint.experiment import Run, fit_inputs, fitting
 from fisherprint.sequence import PulseTrain
 
 RANK = 13
@@ -177,7 +177,7 @@ def check_status(
 ) -> None:
     """What is wrong with each voxel, of what the fit itself says."""
     _, pulses, model = stages.read_data(run)
-    limits = fitting._bounds(fitting._prior(run, model, pulses), model)
+    limits = fit_inputs.bounds_of(fit_inputs.prior_of(run, model, pulses), model)
     at_bound = np.zeros(len(expected.theta), dtype=bool)
     # Those that a network of the run would tell.
     for name in ("m0s", "T1", "T2f"):
@@ -199,7 +199,7 @@ def check_status(
 def test_limits_of_what_no_network_would_tell_are_no_status(run: Run) -> None:
     """T2s stands at a limit in half of all white matter: that is no news (decision 040)."""
     _, pulses, model = stages.read_data(run)
-    bounds = fitting._bounds(fitting._prior(run, model, pulses), model)
+    bounds = fit_inputs.bounds_of(fit_inputs.prior_of(run, model, pulses), model)
     middle = np.array([np.mean(bounds[name]) for name in model.names])
     theta = np.tile(middle, (3, 1))
     theta[1, model.index("T2s")] = bounds["T2s"][1]
@@ -226,6 +226,45 @@ def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
     # One unknown more raises every bound; the estimates at which it is taken differ a little.
     assert np.nanmedian(free["m0s_std"] / by_value["m0s_std"]) > 1
     assert "B1" in free and "B1" not in by_map
+
+
+def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) -> None:
+    """As the estimator with the same normal distributions; a narrow one is all that counts."""
+    std = 100 * STD
+    data, pulses, model = stages.read_data(run)
+    prior = fit_inputs.prior_of(run, model, pulses)
+    normals = {
+        name: (normal.mean, 0.5 * normal.std)
+        for name, normal in prior.distributions.items()
+        if name not in ("B0", "B1")  # B0 is uniform, B1 known
+    }
+    folder = images.parent / "truth"
+    truth = np.column_stack(
+        [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
+    )
+    estimator = fit.LeastSquares(
+        model,
+        data.basis,
+        start=truth[0],
+        known={"B1": B1},
+        bounds=fit_inputs.bounds_of(prior, model),
+        prior=normals,
+        noise_std=std,
+    )
+    expected = estimator.fit(
+        np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK), start=truth
+    )
+    found = fitted(run, images, tmp_path / "maps", noise_std=std, prior=0.5)
+    inside = np.isfinite(found["T1"])
+    for name in ("m0s", "T1", "Rx"):
+        values = expected[name].reshape(SHAPE)[inside]
+        np.testing.assert_allclose(found[name][inside], values, rtol=1e-4, err_msg=name)
+    summary = json.loads((tmp_path / "maps" / "summary.json").read_text())
+    assert summary["provenance"]["estimator"] == "non-linear least squares with a prior"
+    assert summary["provenance"]["prior"]["T1"] == [1.6, 0.4]
+    assert set(summary["provenance"]["prior"]) == {"m0s", "T1", "T2f", "Rx", "T2s"}
+    narrow = fitted(run, images, tmp_path / "narrow", noise_std=std, prior=1e-6)
+    np.testing.assert_allclose(narrow["Rx"][np.isfinite(narrow["Rx"])], 44.0, rtol=1e-3)
 
 
 def test_other_units_are_written_and_not_taken_to_start_from(
@@ -423,6 +462,11 @@ def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) 
         (["--known", "B1=absent.nii"], "expected a file at absent.nii"),
         (["--start", "0"], "at least 1 start"),
         (["--start", "absent"], "there is none"),
+        (["--prior", "1"], "expected a noise_std, against which the prior weighs"),
+        (
+            ["--prior", "0", "--noise-std", "1"],
+            "the width of the prior must be a positive finite number",
+        ),
         (["--noise-std", "-1"], "greater than 0"),
         (["--scheduler", "tcp://nobody:1", "--workers", "1"], "drop one"),
     ],

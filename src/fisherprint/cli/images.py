@@ -102,11 +102,13 @@ def map_(
     "Example: fisherprint fit x.nii --run runs/paper -o nlls --known B1=b1.nii"
 )
 def fit(
-    coefficients: Annotated[Path, typer.Argument(metavar="COEFFICIENTS")],
+    coefficients: Annotated[
+        Path, typer.Argument(metavar="COEFFICIENTS", help="In .mat and .h5: --key NAME.")
+    ],
     run: Annotated[Path, typer.Option(metavar="RUN", help="Run folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder of maps.")],
-    key: Annotated[str | None, typer.Option(help="Name of the images in .mat and .h5.")] = None,
     # As in `map`: keys stand beside their files.
+    key: Annotated[str | None, typer.Option(hidden=True)] = None,
     mask: Annotated[Path | None, typer.Option(help="Or --mask-key NAME; else automatic.")] = None,
     mask_key: Annotated[str | None, typer.Option(hidden=True)] = None,
     known: Annotated[
@@ -117,6 +119,9 @@ def fit(
     ] = None,
     noise_std: Annotated[
         float | None, typer.Option(help="σ of Re, Im; else the residual's.")
+    ] = None,
+    prior: Annotated[
+        float | None, typer.Option(metavar="WIDTH", help="Weigh in the prior; 1: as it is.")
     ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -139,6 +144,7 @@ def fit(
             output,
             known=dict(_fixed(word) for word in known or ()),
             start=None if start is None else int(start) if start.isdigit() else Path(start),
+            prior=prior,
             overwrite=overwrite,
             stated=units_of(stated or ()),
             executor=pool.executor,

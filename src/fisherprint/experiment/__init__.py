@@ -25,6 +25,7 @@ from fisherprint.experiment.bound_pages import (
 )
 from fisherprint.experiment.cluster import workers
 from fisherprint.experiment.designing import Design, design_train, read_design
+from fisherprint.experiment.digital_scan import DigitalScan, scan_phantom
 from fisherprint.experiment.exchange import write_onnx
 from fisherprint.experiment.fitting import fit_run
 from fisherprint.experiment.folder import (
@@ -45,12 +46,7 @@ from fisherprint.experiment.mapping import (
     write_brain,
 )
 from fisherprint.experiment.pages import report_run
-from fisherprint.experiment.reconstructing import (
-    DigitalScan,
-    Reconstruction,
-    reconstruct_run,
-    scan_phantom,
-)
+from fisherprint.experiment.reconstructing import Reconstruction, reconstruct_run
 from fisherprint.experiment.regional import region_table
 from fisherprint.experiment.reproduction import reproduce
 from fisherprint.experiment.schema import (

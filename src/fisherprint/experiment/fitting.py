@@ -8,7 +8,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,24 +15,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import _storage, _threads, error_bars, files, fisher, fit, maps, simulate, train
+from fisherprint import (
+    _checks,
+    _threads,
+    error_bars,
+    files,
+    fisher,
+    fit,
+    maps,
+    simulate,
+)
 from fisherprint.experiment import bars, mapping
+from fisherprint.experiment.fit_inputs import (
+    Voxels,
+    bounds_of,
+    normals_of,
+    prior_of,
+    read_images,
+    read_voxels,
+)
 from fisherprint.experiment.folder import (
     Progress,
     Run,
     Say,
-    open_run,
     read_data,
     region_file,
     versions,
 )
-from fisherprint.experiment.schema import ExperimentError, MapSection
+from fisherprint.experiment.schema import MapSection
 from fisherprint.models.protocol import SignalModel
-from fisherprint.network import as_estimator
-from fisherprint.parameters import Parameter, Prior, paper_prior
-from fisherprint.sequence import PulseTrain
+from fisherprint.parameters import Parameter
 from fisherprint.simulate import DataSet
-from fisherprint.subspace import Basis
 
 CHUNK = 1024
 """Voxels of a chunk; the last one has fewer."""
@@ -63,35 +75,6 @@ Arrays = dict[str, NDArray[Any]]
 _Task = tuple[int, NDArray[np.complex128], NDArray[np.float64]]
 
 
-@dataclass(frozen=True, eq=False)
-class Voxels:
-    """What is known of the voxels in the mask.
-
-    Attributes:
-        x: coefficients, shape (V, K).
-        known: maps of known parameters by name, shape (V,) each.
-        start: earlier estimates by name, shape (V,) each, NaN where there are none.
-    """
-
-    x: NDArray[np.complex64]
-    known: Mapping[str, NDArray[np.float64]]
-    start: Mapping[str, NDArray[np.float64]]
-
-    def at(self, where: NDArray[np.intp]) -> Voxels:
-        """Those with some indices."""
-        known, start = (
-            {name: values[where] for name, values in maps.items()}
-            for maps in (self.known, self.start)
-        )
-        return Voxels(self.x[where], known, start)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all of it."""
-        names = np.array([*self.known, *self.start], dtype=np.str_)
-        return _storage.digest(self.x, names, *self.known.values(), *self.start.values())
-
-
 def fit_run(
     run: Run,
     section: MapSection,
@@ -99,6 +82,7 @@ def fit_run(
     *,
     known: Mapping[str, float | Path] | None = None,
     start: int | Path | None = None,
+    prior: float | None = None,
     overwrite: bool = False,
     stated: Mapping[str, str] | None = None,
     executor: Executor | None = None,
@@ -119,6 +103,8 @@ def fit_run(
         start: a number of starts in each voxel, the fingerprints of the data set that are most
             like it; or a folder of maps, or a run with a network, whose estimates replace those
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
+        prior: weigh in the normal distributions of the run's prior, this many times as wide; 1
+            for the most probable estimate. It needs σ. If None, the prior is but the limits.
         overwrite: replace maps that are there.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
@@ -132,34 +118,39 @@ def fit_run(
         ExperimentError: there is no data set, no network to start from, or no estimate in the
             folder to start from.
         BasisMismatchError: the images, or the network to start from, have another basis.
-        ValueError: images, mask, known parameters or starts that do not fit.
+        ValueError: images, mask, known parameters, starts or a prior that do not fit.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
             f"{out} already holds maps. Choose another folder, or replace them with --overwrite."
         )
     data, pulses, model = read_data(run)
-    volume, mask, basis_of_images = _images(section, data, pulses, say)
-    voxels = _voxels(run, volume, mask, model, section, data.basis, known or {}, start)
+    volume, mask, basis_of_images = read_images(section, data, pulses, say)
+    voxels = read_voxels(run, volume, mask, model, section, data.basis, known or {}, start)
     values = {n: v for n, v in (known or {}).items() if not isinstance(v, Path)}
     n_starts = start if isinstance(start, int) else 1 if voxels.start else _STARTS
     if n_starts < 1:
         raise ValueError(
             f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
         )
+    if prior is not None:
+        _checks.positive("the width of the prior", prior)
+    from_prior = prior_of(run, model, pulses)
     estimator = fit.LeastSquares(
         model,
         data.basis,
         start=np.zeros(len(model.names)),
         known=values,
         inputs=tuple(voxels.known),
-        bounds=_bounds(_prior(run, model, pulses), model),
+        bounds=bounds_of(from_prior, model),
+        prior=normals_of(from_prior, prior, unknown=set(model.names) - set(known or {})),
+        noise_std=section.noise_std,
     )
     files.conversions(_described(model, estimator), stated or {})  # refused now, not in the end
     content = (
         *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
         *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
-        *(n_starts, section.noise_std, voxels.digest, CHUNK, versions()),
+        *(estimator.prior, n_starts, section.noise_std, voxels.digest, CHUNK, versions()),
     )
     identity = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     folder = out / "chunks" / identity
@@ -169,7 +160,7 @@ def fit_run(
     size = len(voxels.x)
     say(f"{size} voxels in {n_chunks} chunks" + f", of which {kept} are done" * (kept > 0))
     done = size - sum(min(CHUNK, size - number * CHUNK) for number in missing)
-    task = functools.partial(_fitted, estimator, section.noise_std)
+    task = functools.partial(_fitted, estimator)
     with simulate.workers(executor) as pool:
         entries, number = _dictionary(data), n_workers or _threads.usable()
         if dry_run or _PROBE * number < _WORTH * (size - done):
@@ -200,11 +191,12 @@ def fit_run(
         noise = error_bars.Noise(section.noise_std, "given", of_residuals)
     provenance = {
         "fisherprint": versions()["fisherprint"],
-        "estimator": "non-linear least squares",
+        "estimator": "non-linear least squares" + " with a prior" * bool(estimator.prior),
         "dataset_sha256": files.file_digest(run.dataset),
         "basis_sha256": data.basis.digest,
         "basis_of_images_sha256": basis_of_images,
         "known": {name: values.get(name, "map") for name in (*values, *voxels.known)},
+        "prior": {name: list(normal) for name, normal in estimator.prior.items()},
         "noise": noise.recorded,
         "reasons": {str(reason.value): reason.name.lower() for reason in fit.Reason},
     }
@@ -216,120 +208,6 @@ def fit_run(
     shutil.rmtree(out / "chunks")
     if stated:
         files.state_maps(out, stated)
-
-
-def _images(
-    section: MapSection, data: DataSet, pulses: PulseTrain, say: Say
-) -> tuple[files.Volume, NDArray[np.bool_], str | None]:
-    """Images in the run's basis, their mask, and the identity of their basis if it is known."""
-    volume = files.read_coefficients(
-        section.coefficients,
-        key=section.key,
-        mask_key=section.mask_key if section.mask is None else None,
-        rank=data.basis.rank,
-    )
-    recorded = mapping.basis_of_images(section, pulses)
-    if recorded is None:
-        say("the images do not say which basis they were made with; only the rank was checked")
-    elif recorded != data.basis.digest:
-        raise mapping.BasisMismatchError(
-            f"expected coefficients in the data set's basis {data.basis.digest[:12]}...; "
-            f"{section.coefficients} was made with {recorded[:12]}.... Reconstruct it with the "
-            "basis of this run."
-        )
-    mask = volume.mask
-    if section.mask is not None:
-        mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
-    return volume, maps.automatic_mask(volume.data) if mask is None else mask, recorded
-
-
-def _voxels(
-    run: Run,
-    volume: files.Volume,
-    mask: NDArray[np.bool_],
-    model: SignalModel,
-    section: MapSection,
-    basis: Basis,
-    known: Mapping[str, float | Path],
-    start: int | Path | None,
-) -> Voxels:
-    """The voxels of the mask, with known maps and with what there is to start from."""
-    for name in known:
-        model.index(name)
-    x = volume.data[mask]
-    fixed = {
-        name: files.read_map(value, mask.shape, name=name)[mask]
-        for name, value in known.items()
-        if isinstance(value, Path)
-    }
-    estimates: dict[str, NDArray[np.float64]] = {}
-    if isinstance(start, Path) and not (start / "experiment.toml").exists():
-        names = [name for name in model.names if (start / f"{name}.nii.gz").exists()]
-        if not names:
-            raise ExperimentError(
-                f"expected maps of {', '.join(model.names)} to start from in {start}; there is "
-                "none. Map the images first, or give a number of starts."
-            )
-        read = files.read_maps(start, names).maps.values
-        _require_same_space(read.shape[:3], mask.shape, start)
-        estimates = {name: read[..., e][mask] for e, name in enumerate(names)}
-    elif isinstance(start, Path):
-        estimates = _network_estimates(open_run(start), x, section, basis)
-    elif start is None and (run.network / "card.json").exists():
-        estimates = _network_estimates(run, x, section, basis)
-    return Voxels(x, fixed, estimates)
-
-
-def _network_estimates(
-    run: Run, x: NDArray[np.complex64], section: MapSection, basis: Basis
-) -> dict[str, NDArray[np.float64]]:
-    """What a run's network makes of the voxels."""
-    network, card = mapping.load_network(run)
-    if card["basis_sha256"] != basis.digest:
-        raise mapping.BasisMismatchError(
-            f"expected a network of the basis {basis.digest[:12]}... to start from; "
-            f"{run.network} has {card['basis_sha256'][:12]}.... Start from its maps, or from a "
-            "number of fingerprints."
-        )
-    config = train.TrainingConfig.model_validate(card["config"])
-    if config.snr_input and section.noise_std is None:
-        raise ExperimentError(
-            f"expected the noise_std of the images, which {run.network} takes beside them; got "
-            "none. Measure it in a region without signal, or give a number of starts."
-        )
-    given: NDArray[np.complexfloating] = x
-    if section.noise_std is not None and config.snr_input:
-        extra = train.extra_inputs(config, x, np.empty(0), noise_std=section.noise_std)
-        given = np.concatenate([x, extra], axis=-1)
-    names = tuple(card["estimated"])
-    found = maps.estimate_maps(
-        given, as_estimator(network), names, mask=np.ones(len(x), dtype=np.bool_)
-    )
-    return {name: found[name] for name in names}
-
-
-def _require_same_space(shape: tuple[int, ...], expected: tuple[int, ...], folder: Path) -> None:
-    if shape != expected:
-        raise ValueError(
-            f"expected maps of the shape {expected} in {folder}, as the images have; got {shape}. "
-            "Start from maps of the same images."
-        )
-
-
-def _prior(run: Run, model: SignalModel, pulses: PulseTrain) -> Prior:
-    default = paper_prior(model.names, repetition_time=pulses.repetition_time)
-    return Prior({**default.distributions, **run.experiment.prior}, default.ordered)
-
-
-def _bounds(prior: Prior, model: SignalModel) -> dict[str, tuple[float, float]]:
-    """Where the prior allows each parameter, within the model's bounds."""
-    return {
-        parameter.name: (
-            max(parameter.bounds[0], prior.distributions[parameter.name].low),
-            min(parameter.bounds[1], prior.distributions[parameter.name].high),
-        )
-        for parameter in model.parameters
-    }
 
 
 def _described(model: SignalModel, estimator: fit.LeastSquares) -> list[Parameter]:
@@ -402,15 +280,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _fitted(
-    estimator: fit.LeastSquares,
-    noise_std: float | None,
-    task: _Task,
-) -> Arrays:
+def _fitted(estimator: fit.LeastSquares, task: _Task) -> Arrays:
     """The fit of one chunk, by one worker with one thread."""
     _, given, starts = task
     with _threads.one_thread():
-        found = estimator.fit(given, start=starts, noise_std=noise_std)
+        found = estimator.fit(given, start=starts)
     return {name: getattr(found, name) for name in _ARRAYS}
 
 

@@ -90,11 +90,16 @@ class LeastSquares:
         inputs: others that are known in each voxel: their values stand behind the K
             coefficients, as for a network with inputs.
         bounds: (low, high) by name, within those of the model, which hold for the others.
+        prior: (mean, standard deviation) by name of normal distributions that unknown parameters
+            have beforehand. Then the sum of squares has σ²((θ - mean)/std)² for each of them: the
+            estimate is the most probable one (MAP), at the M0 that fits best.
+        noise_std: σ where a call gives none. A prior needs it.
 
     Raises:
         KeyError: an unknown name.
         ValueError: a basis of other time points, bounds or values outside the model's, a start of
-            another shape, names that come twice, or no unknowns.
+            another shape, names that come twice, no unknowns, a standard deviation that is not
+            positive, or a prior without σ.
 
     Examples:
         >>> import torch
@@ -117,6 +122,8 @@ class LeastSquares:
     known: Mapping[str, float] = field(default_factory=dict)
     inputs: Sequence[str] = ()
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    prior: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    noise_std: float | None = None
 
     def __post_init__(self) -> None:
         names, limits = self.model.names, self._limits
@@ -144,6 +151,16 @@ class LeastSquares:
         for name in estimated:
             _checks.index(name, unknown, what="unknown parameter")
         object.__setattr__(self, "estimated", estimated)
+        for name, (_, std) in self.prior.items():
+            _checks.index(name, unknown, what="unknown parameter")
+            _checks.positive(f"the standard deviation of {name}'s prior", std)
+        if self.noise_std is not None:
+            _checks.positive("noise_std", self.noise_std)
+        elif self.prior:
+            raise ValueError(
+                "expected a noise_std, against which the prior weighs; got none. Measure it in a "
+                "region without signal, or leave the prior out."
+            )
         if not callable(self.start):
             start = np.asarray(self.start, dtype=np.float64)
             axes: list[tuple[str, int | None]] = [("P", len(names))]
@@ -173,8 +190,8 @@ class LeastSquares:
             given: coefficients and, behind them, the `inputs`, shape (V, K + n), complex.
             start: of these voxels, shape (V, P) or (V, R, P), in place of the estimator's own.
             noise_std: σ of the coefficients' real and imaginary part each, one number or (V,).
-                If None, from the residual: ‖r‖² / (2K - F - 2) with F unknown parameters; NaN
-                where that is no positive number.
+                If None, the estimator's own; if that is None, from the residual: ‖r‖² /
+                (2K - F - 2) with F unknown parameters; NaN where that is no positive number.
             iterations: steps tried at most.
 
         Raises:
@@ -186,6 +203,7 @@ class LeastSquares:
         size, names = len(given), self.model.names
         if start is not None:
             start = self._as_starts(start, size)
+        noise_std = self.noise_std if noise_std is None else noise_std
         sigma = np.full(size, np.nan)
         if noise_std is not None:
             sigma[:] = noise_std
@@ -233,11 +251,17 @@ class LeastSquares:
         for name, values in zip(self.inputs, given[:, K:].real.T, strict=True):
             theta[:, self.model.index(name)] = np.repeat(values, n_starts)
 
+        # Of σ and parameters, in coefficients of unit norm; σ is NaN only without a prior.
+        mean, std = self._prior
+        weight = np.square(np.nan_to_num(sigma / norm)[:, None] / std)
+
         def local(point: Floats, which: Integers) -> Local:
             there = theta[which]
             there[:, free] = point
             c, jacobian = simulated(self.model, self.basis, there)
-            return projected(x[which // n_starts], c, jacobian[..., free])
+            voxel = which // n_starts
+            found = projected(x[voxel], c, jacobian[..., free])
+            return weighed(found, point - mean, weight[voxel])
 
         low, high = (
             np.broadcast_to(limit[free], (len(theta), len(free))) for limit in self._limits
@@ -270,21 +294,22 @@ class LeastSquares:
             ]
         )
         result.m0[voxels] = norm * scale(x, c)
-        residual = norm * np.sqrt(2 * found.local.cost[best])
+        residual = norm * np.linalg.norm(x - scale(x, c)[:, None] * c, axis=1)
         result.residual[voxels] = residual
         if degrees > 0:
             sigma = np.where(np.isnan(sigma), residual / np.sqrt(degrees), sigma)
         result.noise_std[voxels] = sigma
-        # JᵀJ of a voxel scaled to ‖x‖ = 1 is the information for σ = 1, M0 unknown.
+        # JᵀJ of a voxel scaled to ‖x‖ = 1 is the information for σ = 1, M0 unknown, and has the
+        # prior's in it, which says more than limits do.
         information, variance = found.local.curvature[best], np.square(sigma / norm)[:, None]
         covariance = np.zeros((len(best), *result.covariance.shape[1:]))
         covariance[:, free[:, None], free] = variance[..., None] * fisher.covariance(information)
         result.covariance[voxels] = covariance
-        limits = np.diag(_UNIFORM / np.square(high[0] - low[0]))
+        limits = np.diag(np.where(np.isinf(std), _UNIFORM / np.square(high[0] - low[0]), 0.0))
         information = information + np.nan_to_num(variance)[..., None] * limits
-        std = np.zeros((len(best), result.std.shape[1]))
-        std[:, free] = np.sqrt(variance * fisher.bounds(information))
-        result.std[voxels] = std
+        deviations = np.zeros((len(best), result.std.shape[1]))
+        deviations[:, free] = np.sqrt(variance * fisher.bounds(information))
+        result.std[voxels] = deviations
 
     def _starts(self, given: Complex) -> Floats:
         """Starts of V voxels, shape (V, R, P)."""
@@ -305,6 +330,12 @@ class LeastSquares:
         """Columns of the unknown parameters."""
         given = (*self.known, *self.inputs)
         return np.flatnonzero([name not in given for name in self.model.names])
+
+    @property
+    def _prior(self) -> Floats:
+        """Mean and standard deviation of the unknown parameters; 0 and inf without a prior."""
+        names = [self.model.names[column] for column in self._free]
+        return np.array([self.prior.get(name, (0.0, np.inf)) for name in names]).T
 
     @property
     def _limits(self) -> Floats:
@@ -374,6 +405,22 @@ def projected(x: Complex, c: Complex, jacobian: Complex) -> Local:
     curvature = real_J.mT @ real_J
     fine = np.isfinite(gradient).all(axis=1) & np.isfinite(curvature).all(axis=(1, 2))
     return Local(np.where(fine, np.square(real_r).sum(axis=1) / 2, np.inf), gradient, curvature)
+
+
+def weighed(local: Local, away: Floats, weight: Floats) -> Local:
+    """A sum of squares, with that of a prior: ½ Σ weight · away².
+
+    Args:
+        local: of n points.
+        away: from the prior's mean, shape (n, F).
+        weight: inverse of the prior's variance over that of the residual, shape (n, F).
+    """
+    square = weight[:, None] * np.eye(weight.shape[1])
+    return Local(
+        local.cost + (weight * np.square(away)).sum(axis=1) / 2,
+        local.gradient + weight * away,
+        local.curvature + square,
+    )
 
 
 def scale(x: Complex, c: Complex) -> Complex:

@@ -1,0 +1,176 @@
+"""What a fit of a volume begins with: images, known maps, starts, and what the prior says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fisherprint import _storage, files, maps, train
+from fisherprint.experiment import mapping
+from fisherprint.experiment.folder import Run, Say, open_run
+from fisherprint.experiment.schema import ExperimentError, MapSection
+from fisherprint.models.protocol import SignalModel
+from fisherprint.network import as_estimator
+from fisherprint.parameters import Prior, TruncatedNormal, paper_prior
+from fisherprint.sequence import PulseTrain
+from fisherprint.simulate import DataSet
+from fisherprint.subspace import Basis
+
+
+@dataclass(frozen=True, eq=False)
+class Voxels:
+    """What is known of the voxels in the mask.
+
+    Attributes:
+        x: coefficients, shape (V, K).
+        known: maps of known parameters by name, shape (V,) each.
+        start: earlier estimates by name, shape (V,) each, NaN where there are none.
+    """
+
+    x: NDArray[np.complex64]
+    known: Mapping[str, NDArray[np.float64]]
+    start: Mapping[str, NDArray[np.float64]]
+
+    def at(self, where: NDArray[np.intp]) -> Voxels:
+        """Those with some indices."""
+        known, start = (
+            {name: values[where] for name, values in maps.items()}
+            for maps in (self.known, self.start)
+        )
+        return Voxels(self.x[where], known, start)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it."""
+        names = np.array([*self.known, *self.start], dtype=np.str_)
+        return _storage.digest(self.x, names, *self.known.values(), *self.start.values())
+
+
+def read_images(
+    section: MapSection, data: DataSet, pulses: PulseTrain, say: Say
+) -> tuple[files.Volume, NDArray[np.bool_], str | None]:
+    """Images in the run's basis, their mask, and the identity of their basis if it is known."""
+    volume = files.read_coefficients(
+        section.coefficients,
+        key=section.key,
+        mask_key=section.mask_key if section.mask is None else None,
+        rank=data.basis.rank,
+    )
+    recorded = mapping.basis_of_images(section, pulses)
+    if recorded is None:
+        say("the images do not say which basis they were made with; only the rank was checked")
+    elif recorded != data.basis.digest:
+        raise mapping.BasisMismatchError(
+            f"expected coefficients in the data set's basis {data.basis.digest[:12]}...; "
+            f"{section.coefficients} was made with {recorded[:12]}.... Reconstruct it with the "
+            "basis of this run."
+        )
+    mask = volume.mask
+    if section.mask is not None:
+        mask = files.read_mask(section.mask, volume.data.shape[:3], key=section.mask_key)
+    return volume, maps.automatic_mask(volume.data) if mask is None else mask, recorded
+
+
+def read_voxels(
+    run: Run,
+    volume: files.Volume,
+    mask: NDArray[np.bool_],
+    model: SignalModel,
+    section: MapSection,
+    basis: Basis,
+    known: Mapping[str, float | Path],
+    start: int | Path | None,
+) -> Voxels:
+    """The voxels of the mask, with known maps and with what there is to start from."""
+    for name in known:
+        model.index(name)
+    x = volume.data[mask]
+    fixed = {
+        name: files.read_map(value, mask.shape, name=name)[mask]
+        for name, value in known.items()
+        if isinstance(value, Path)
+    }
+    estimates: dict[str, NDArray[np.float64]] = {}
+    if isinstance(start, Path) and not (start / "experiment.toml").exists():
+        names = [name for name in model.names if (start / f"{name}.nii.gz").exists()]
+        if not names:
+            raise ExperimentError(
+                f"expected maps of {', '.join(model.names)} to start from in {start}; there is "
+                "none. Map the images first, or give a number of starts."
+            )
+        read = files.read_maps(start, names).maps.values
+        _require_same_space(read.shape[:3], mask.shape, start)
+        estimates = {name: read[..., e][mask] for e, name in enumerate(names)}
+    elif isinstance(start, Path):
+        estimates = _network_estimates(open_run(start), x, section, basis)
+    elif start is None and (run.network / "card.json").exists():
+        estimates = _network_estimates(run, x, section, basis)
+    return Voxels(x, fixed, estimates)
+
+
+def _network_estimates(
+    run: Run, x: NDArray[np.complex64], section: MapSection, basis: Basis
+) -> dict[str, NDArray[np.float64]]:
+    """What a run's network makes of the voxels."""
+    network, card = mapping.load_network(run)
+    if card["basis_sha256"] != basis.digest:
+        raise mapping.BasisMismatchError(
+            f"expected a network of the basis {basis.digest[:12]}... to start from; "
+            f"{run.network} has {card['basis_sha256'][:12]}.... Start from its maps, or from a "
+            "number of fingerprints."
+        )
+    config = train.TrainingConfig.model_validate(card["config"])
+    if config.snr_input and section.noise_std is None:
+        raise ExperimentError(
+            f"expected the noise_std of the images, which {run.network} takes beside them; got "
+            "none. Measure it in a region without signal, or give a number of starts."
+        )
+    given: NDArray[np.complexfloating] = x
+    if section.noise_std is not None and config.snr_input:
+        extra = train.extra_inputs(config, x, np.empty(0), noise_std=section.noise_std)
+        given = np.concatenate([x, extra], axis=-1)
+    names = tuple(card["estimated"])
+    found = maps.estimate_maps(
+        given, as_estimator(network), names, mask=np.ones(len(x), dtype=np.bool_)
+    )
+    return {name: found[name] for name in names}
+
+
+def _require_same_space(shape: tuple[int, ...], expected: tuple[int, ...], folder: Path) -> None:
+    if shape != expected:
+        raise ValueError(
+            f"expected maps of the shape {expected} in {folder}, as the images have; got {shape}. "
+            "Start from maps of the same images."
+        )
+
+
+def prior_of(run: Run, model: SignalModel, pulses: PulseTrain) -> Prior:
+    """The paper's, but for what the experiment says otherwise."""
+    default = paper_prior(model.names, repetition_time=pulses.repetition_time)
+    return Prior({**default.distributions, **run.experiment.prior}, default.ordered)
+
+
+def bounds_of(prior: Prior, model: SignalModel) -> dict[str, tuple[float, float]]:
+    """Where the prior allows each parameter, within the model's bounds."""
+    return {
+        parameter.name: (
+            max(parameter.bounds[0], prior.distributions[parameter.name].low),
+            min(parameter.bounds[1], prior.distributions[parameter.name].high),
+        )
+        for parameter in model.parameters
+    }
+
+
+def normals_of(
+    prior: Prior, width: float | None, unknown: set[str]
+) -> dict[str, tuple[float, float]]:
+    """Mean and standard deviation of the normal distributions, times a width."""
+    return {
+        name: (normal.mean, width * normal.std)
+        for name, normal in prior.distributions.items()
+        if width is not None and name in unknown and isinstance(normal, TruncatedNormal)
+    }
