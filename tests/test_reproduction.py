@@ -21,7 +21,7 @@ from matplotlib.colors import to_hex
 from fisherprint import cli, evaluate, files, report
 from fisherprint import experiment as stages
 from fisherprint.evaluate import Audit, AuditMap, Interval, Shares
-from fisherprint.experiment import reproduction
+from fisherprint.experiment import claims, reproduction
 from fisherprint.parameters import Parameter
 from fisherprint.report import Comparison
 from fisherprint.sequence import PulseTrain
@@ -196,9 +196,9 @@ def test_plain_squares_are_means_without_the_bound() -> None:
 def test_rises_count_epochs_above_the_lowest_before() -> None:
     losses = [10.0, 8.0, 8.7, 8.9, 5.0, 5.4, 5.6, 4.0, 4.0]
     # 8.9 and 5.6 are more than a tenth above 8 and 5; 8.7 and 5.4 are not.
-    assert reproduction.rises(losses) == 2 / 8
-    assert reproduction.rises(losses, by=0.0) == 4 / 8
-    assert reproduction.rises([3.0]) == 0
+    assert claims.rises(losses) == 2 / 8
+    assert claims.rises(losses, by=0.0) == 4 / 8
+    assert claims.rises([3.0]) == 0
 
 
 # The command.
