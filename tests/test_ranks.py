@@ -177,10 +177,23 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one(pair: Path, case: str) -> None:
-    config = TrainingConfig.model_validate(BASE | {"estimated": ("R", "w")} | CASES[case])
+    check_alike(pair, case, CASES[case])
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_shared_as_well(tmp_path: Path) -> None:
+    change = {"compiled": True}
+    found = torchrun(write_worker(tmp_path, {"compiled": change}), tmp_path, "")
+    assert found.returncode == 0, found.stderr
+    check_alike(tmp_path, "compiled", change)
+
+
+def check_alike(folder: Path, case: str, change: dict[str, Any]) -> None:
+    """What two processes wrote is what one does."""
+    config = TrainingConfig.model_validate(BASE | {"estimated": ("R", "w")} | change)
     alone = list(train(decay(80, seed=0), decay(21, seed=1), config))
     first, second = (
-        json.loads((pair / f"{case}-{rank}-of-2.json").read_text()) for rank in (0, 1)
+        json.loads((folder / f"{case}-{rank}-of-2.json").read_text()) for rank in (0, 1)
     )
     # Both have the same mean of slopes, hence the same weights, bit for bit.
     assert first == second
