@@ -267,6 +267,15 @@ def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) 
     np.testing.assert_allclose(narrow["Rx"][np.isfinite(narrow["Rx"])], 44.0, rtol=1e-3)
 
 
+def test_a_uniform_prior_has_nothing_to_weigh_in(run: Run) -> None:
+    _, pulses, model = stages.read_data(run)
+    prior = fit_inputs.prior_of(run, model, pulses)
+    assert fit_inputs.normals_of(prior, None, {"T1", "B0"}) == {}
+    assert fit_inputs.normals_of(prior, 2.0, {"T1", "B0"}) == {"T1": (1.6, 1.6)}
+    with pytest.raises(ValueError, match="the prior of B0 is uniform"):
+        fit_inputs.normals_of(prior, 1.0, {"B0"})
+
+
 def test_other_units_are_written_and_not_taken_to_start_from(
     run: Run, images: Path, tmp_path: Path
 ) -> None:

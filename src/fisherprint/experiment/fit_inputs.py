@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import _storage, files, maps, train
+from fisherprint import _checks, _storage, files, maps, train
 from fisherprint.experiment import mapping
 from fisherprint.experiment.folder import Run, Say, open_run
 from fisherprint.experiment.schema import ExperimentError, MapSection
@@ -168,9 +168,23 @@ def bounds_of(prior: Prior, model: SignalModel) -> dict[str, tuple[float, float]
 def normals_of(
     prior: Prior, width: float | None, unknown: set[str]
 ) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation of the normal distributions, times a width."""
-    return {
+    """Mean and standard deviation of the normal distributions, times a width; none if it is None.
+
+    Raises:
+        ValueError: the width is not positive, or no unknown parameter has a normal distribution.
+    """
+    if width is None:
+        return {}
+    _checks.positive("the width of the prior", width)
+    normals = {
         name: (normal.mean, width * normal.std)
         for name, normal in prior.distributions.items()
-        if width is not None and name in unknown and isinstance(normal, TruncatedNormal)
+        if name in unknown and isinstance(normal, TruncatedNormal)
     }
+    if not normals:
+        raise ValueError(
+            "expected a normal distribution of an unknown parameter, to weigh in; the prior of "
+            f"{', '.join(sorted(unknown))} is uniform, and limits the fit anyway. Leave the prior "
+            "out."
+        )
+    return normals

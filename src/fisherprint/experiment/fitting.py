@@ -15,16 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import (
-    _checks,
-    _threads,
-    error_bars,
-    files,
-    fisher,
-    fit,
-    maps,
-    simulate,
-)
+from fisherprint import _threads, error_bars, files, fisher, fit, maps, simulate
 from fisherprint.experiment import bars, mapping
 from fisherprint.experiment.fit_inputs import (
     Voxels,
@@ -133,8 +124,6 @@ def fit_run(
         raise ValueError(
             f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
         )
-    if prior is not None:
-        _checks.positive("the width of the prior", prior)
     from_prior = prior_of(run, model, pulses)
     estimator = fit.LeastSquares(
         model,
