@@ -38,12 +38,13 @@ class Fit:
         m0: complex M0, shape (V,), in units of the coefficients.
         residual: ‖x - M0 c(θ)‖, shape (V,), those units.
         covariance: of the estimates, shape (V, P, P), with complex M0 among the unknowns, as if
-            no bound were near; 0 for known parameters. What the signal does not determine has
-            an infinite variance, and NaN as covariance.
+            no bound were near; 0 for known parameters. What neither signal nor prior determines
+            has an infinite variance, and NaN as covariance.
         std: standard deviations of the estimates, shape (V, P). An estimate stays within the
             limits of the search, so they are knowledge: each pair counts as a uniform
-            distribution, with the information 12/(high - low)². Where the data tell much more
-            than limits do, this is the root of the covariance's diagonal.
+            distribution, with the information 12/(high - low)², unless the parameter has a prior.
+            Where the data tell much more than limits do, this is the root of the covariance's
+            diagonal.
         noise_std: σ of real and imaginary part each that this holds for, shape (V,).
         iterations: steps that the best search tried, shape (V,).
         reason: why it ended, one `Reason` a voxel, shape (V,).
