@@ -69,14 +69,18 @@ from fisherprint.models.kernels import (
     X,
     Y,
     Z,
+    drop_xs,
     first_pass,
     generator,
     periodic,
     periodic_slopes,
     precess_all,
     prepared,
+    put,
+    scaled,
     second_pass,
     series,
+    solve,
     step,
 )
 from fisherprint.models.lineshape import graham_bends, rate_bends
@@ -184,7 +188,9 @@ def train_gradient(
     costate = np.zeros((1 + n_directions, 5, LANES))
     closing(left, start_costate, costate)
     if n_directions > 0:
-        costate[0] = 0.0
+        for j in range(costate.shape[1]):
+            for lane in range(LANES):
+                costate[0, j, lane] = 0.0
     gathered = np.zeros((n_pulses, 6, LANES))
     # The second time without derivatives and samples: what the closing adds.
     for repeat in range(passes):
@@ -206,7 +212,7 @@ def train_gradient(
         )
         if repeat < passes - 1:
             left_over = np.zeros((1, carried, LANES))
-            left_over[0] = costate[0, :carried]
+            put(costate[0], left_over[0])
             costate = np.zeros((1, 5, LANES))
             closing(left, left_over, costate)
             states = np.ascontiguousarray(states[:, :1])
@@ -227,19 +233,18 @@ def train_gradient(
                 out[first + lane, row, column + i] = gathered[i, row, lane]
 
 
-@numba.njit(forceinline=True)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def closing(left: Array, start: Array, end: Array) -> None:
     """The costates (1 - A)⁻ᵀ g that close the cycle, from those at its start.
 
     Args:
         left: 1 - A, of `kernels.periodic`.
-        start: g, shape (vectors, C, LANES).
+        start: g, shape (vectors, C, LANES); overwritten.
         end: receives them, shape (vectors, 5, LANES).
     """
-    carried = left.shape[1]
-    for lane in range(LANES):
-        right = np.ascontiguousarray(start[:, :, lane].T)
-        end[:, :carried, lane] = np.linalg.solve(left[lane].T.copy(), right).T
+    solve(left, True, start)
+    for p in range(start.shape[0]):
+        put(start[p], end[p])
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)
@@ -284,25 +289,28 @@ def backward_pass(
     then = np.zeros((1 + n_directions, 5, LANES))
     own = np.zeros((6, LANES))
     for i in range(n_pulses - 1, -1, -1):
-        own[:] = 0.0
+        for row in range(6):
+            for lane in range(LANES):
+                own[row, lane] = 0.0
         f, time = free[which_time[i]], free_time[which_time[i]]
-        costate[:, X] += seeds[i, :, 0]
-        costate[:, Y] += seeds[i, :, 1]
+        for p in range(1 + n_directions):
+            for lane in range(LANES):
+                costate[p, X, lane] += seeds[i, p, 0, lane]
+                costate[p, Y, lane] += seeds[i, p, 1, lane]
         # At the echo, which is the end of the precession after the pulse.
-        m[0, :CARRIED] = states[i, 0]
+        put(states[i, 0], m[0])
         for p in range(n_directions):
-            dm[p, :CARRIED] = states[i, 1 + p]
+            put(states[i, 1 + p], dm[p])
         by_time(tissue, two, 1.0, 1.0, m[0], dm, costate, own[_FREE_TIME])
         precess_all_back(f, time, (1.0, 0.0), two, costate)
 
         # The state before the pulse, from the echo before it; the first follows the last.
-        m[0, :CARRIED] = states[i - 1, 0]
+        put(states[i - 1, 0], m[0])
         for p in range(n_directions):
-            dm[p, :CARRIED] = states[i - 1, 1 + p]
+            put(states[i - 1, 1 + p], dm[p])
         precess_all(f, time, phase, two, m, dm)
-        m[0, XS] = 0.0
-        for p in range(n_directions):
-            dm[p, XS] = 0.0
+        drop_xs(m)
+        drop_xs(dm)
         steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
         tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
         generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
@@ -313,10 +321,10 @@ def backward_pass(
             step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms[s])
         if i == 0:
             invert_back(tissue, flip_angle[0], crushed, m[0], dm, costate, gathered[0, _ANGLE])
-        costate[:, XS] = 0.0
+        drop_xs(costate)
         for s in range(steps - 1, -1, -1):
-            now[:] = np.exp(-shift) * costate
-            costate[:] = now
+            scaled(costate, np.exp(-shift), now)
+            scaled(now, 1.0, costate)
             for k in range(1, order + 1):
                 by_pulse(
                     tissue,
@@ -338,19 +346,25 @@ def backward_pass(
                         turn = 0.0 if saturation == GRAHAM else angle
                         semisolid_source_back(h, 1.0 / k, turn, now, then)
                 now, then = then, now
-                costate += now
+                for p in range(1 + n_directions):
+                    for j in range(5):
+                        for lane in range(LANES):
+                            costate[p, j, lane] += now[p, j, lane]
         # Each step has its part of the length and of the angle.
-        own[_TIME] /= steps
-        own[_ANGLE] /= steps
+        for lane in range(LANES):
+            own[_TIME, lane] /= steps
+            own[_ANGLE, lane] /= steps
 
-        costate[:, XS] = 0.0
+        drop_xs(costate)
         # The first of the terms is the state before the pulse.
-        m[0] = terms[0, order, 0]
+        put(terms[0, order, 0], m[0])
         for p in range(n_directions):
-            dm[p] = terms[0, order, 1 + p]
+            put(terms[0, order, 1 + p], dm[p])
         by_time(tissue, two, 1.0, 1.0, m[0], dm, costate, own[_FREE_TIME])
         precess_all_back(f, time, phase, two, costate)
-        gathered[i] += own
+        for row in range(6):
+            for lane in range(LANES):
+                gathered[i, row, lane] += own[row, lane]
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)

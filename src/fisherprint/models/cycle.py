@@ -68,7 +68,7 @@ def signals(
     """
     if saturation == "generalized Bloch":
         return _by_integration(train, tissue, by, scale)
-    _say_once(kernels.train_signal, "the signal model, once after installation (about a minute)")
+    _say_once(kernels.train_signal, "the signal model, once after installation (half a minute)")
     result = np.empty((tissue.shape[1], 1 + len(by), train.n_samples), dtype=np.complex128)
 
     def play(arguments: tuple[Any, ...], first: int, column: int) -> None:
@@ -95,7 +95,7 @@ def control_slopes(
         ∂J/∂α in 1/rad and ∂J/∂TRF in 1/s of each parameter set, shape (S, 2, T).
     """
     _refuse_integration(saturation)
-    _say_once(adjoint.train_gradient, "its adjoint, once after installation (a few minutes)")
+    _say_once(adjoint.train_gradient, "its adjoint, once after installation (a minute)")
     by_sample = np.ascontiguousarray(by_sample)
     result = np.empty((tissue.shape[1], 2, train.n_samples))
 
@@ -109,7 +109,7 @@ def control_slopes(
 def magnetization(train: PulseTrain, tissue: Array, saturation: Saturation | None) -> Array:
     """x, y and z of the free and z of the semi-solid pool at the echoes, shape (S, T, 4)."""
     _refuse_integration(saturation)
-    _say_once(kernels.train_states, "the magnetization, once after installation (about a minute)")
+    _say_once(kernels.train_states, "the magnetization, once after installation (half a minute)")
     result = np.empty((tissue.shape[1], kernels.CARRIED, train.n_samples))
 
     def play(arguments: tuple[Any, ...], first: int, column: int) -> None:

@@ -251,7 +251,8 @@ def first_pass(
     r = np.zeros((carried + 1, 5, LANES))
     samples = np.empty((n_pulses, 2, carried + 1, LANES))
     for j in range(carried):
-        m[j, j, :] = 1.0
+        for lane in range(LANES):
+            m[j, j, lane] = 1.0
     for i in range(n_pulses):
         f = free[which_time[i]]
         for j in range(carried + 1):
@@ -259,9 +260,9 @@ def first_pass(
         steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
         tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
         generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
-        m[:, XS] = 0.0
+        drop_xs(m)
         for _ in range(steps):
-            r[:] = m
+            scaled(m, 1.0, r)
             one = 1.0
             for k in range(order, 0, -1):
                 for j in range(carried + 1):
@@ -314,18 +315,17 @@ def second_pass(
     dr = np.zeros((n_directions, 5, LANES))
     samples = np.empty((n_pulses, 1 + n_directions, 2, LANES))
     terms = np.empty((0, 1 + n_directions, 5, LANES))
-    m[0, : start.shape[0]] = start
+    put(start, m[0])
     for p in range(n_directions):
-        dm[p, : start.shape[0]] = slopes[p]
+        put(slopes[p], dm[p])
     for i in range(n_pulses):
         f, time = free[which_time[i]], free_time[which_time[i]]
         precess_all(f, time, phase, two, m, dm)
         steps, order, shift = series(tissue, rates[i], pulse_duration[i], flip_angle[i])
         tau, angle = pulse_duration[i] / steps, flip_angle[i] / steps
         generator(tissue, saturation, rates[i], tau, angle, shift, i == 0, h)
-        m[0, XS] = 0.0
-        for p in range(n_directions):
-            dm[p, XS] = 0.0
+        drop_xs(m)
+        drop_xs(dm)
         for _ in range(steps):
             step(tissue, saturation, h, tau, angle, shift, order, i == 0, m, dm, r, dr, terms)
         if i == 0:
@@ -343,9 +343,9 @@ def second_pass(
                 samples[i, 1 + p, 0, lane] = dm[p, X, lane]
                 samples[i, 1 + p, 1, lane] = dm[p, Y, lane]
         if states.shape[0] > 0:
-            states[i, 0] = m[0, :CARRIED]
+            put(m[0], states[i, 0])
             for p in range(n_directions):
-                states[i, 1 + p] = dm[p, :CARRIED]
+                put(dm[p], states[i, 1 + p])
     return samples, dm
 
 
@@ -372,16 +372,14 @@ def step(
     `terms`, shape (order + 1, 1 + D, 5, LANES), receives the k-th by k, to which H is applied; if
     empty they are not kept.
     """
-    # Vector by vector: numba damages memory when it assigns to a slice of an empty array.
-    r[0] = m[0]
-    for p in range(dm.shape[0]):
-        dr[p] = dm[p]
+    scaled(m, 1.0, r)
+    scaled(dm, 1.0, dr)
     one = 1.0
     for k in range(order, 0, -1):
         if terms.shape[0] > 0:
-            terms[k, 0] = r[0]
+            put(r[0], terms[k, 0])
             for p in range(dm.shape[0]):
-                terms[k, 1 + p] = dr[p]
+                put(dr[p], terms[k, 1 + p])
         # The derivatives first: their source is the value from before.
         for p in range(dm.shape[0]):
             term(h, 1.0 / k, 0.0, saturation != SINGLE, dm, dr, p)
@@ -608,6 +606,25 @@ def scaled(r: Array, factor: float, m: Array) -> None:
                 m[j, i, lane] = factor * r[j, i, lane]
 
 
+@numba.njit(forceinline=True)
+def put(values: Array, out: Array) -> None:
+    """Write one vector over another: the rows that both have, shapes (rows, LANES).
+
+    numba takes half a minute to compile assignments of slices, with all that they say of shapes.
+    """
+    for i in range(min(values.shape[0], out.shape[0])):
+        for lane in range(LANES):
+            out[i, lane] = values[i, lane]
+
+
+@numba.njit(forceinline=True)
+def drop_xs(m: Array) -> None:
+    """Before a pulse x of the semi-solid pool is zero."""
+    for j in range(m.shape[0]):
+        for lane in range(LANES):
+            m[j, XS, lane] = 0.0
+
+
 @numba.njit(fastmath=_FAST, forceinline=True)
 def invert(tissue: Array, angle: float, crushed: bool, m: Array, j: int) -> None:
     """Free pool of the inversion: diag(sin²(B1α/2), -sin²(B1α/2), cos(B1α)) if crushed.
@@ -762,7 +779,7 @@ def recover(free: Array, slope: int, m: Array, dm: Array, row: int) -> None:
         )
 
 
-@numba.njit(forceinline=True)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def periodic(last: Array) -> tuple[Array, Array]:
     """The state m that a whole cycle m ← A m + b reproduces: (1 - A) m = b.
 
@@ -770,19 +787,22 @@ def periodic(last: Array) -> tuple[Array, Array]:
         last: ends of the cycle from each basis vector (columns of A) and from the constant (b).
 
     Returns:
-        1 - A, shape (LANES, C, C) for C carried numbers, and m, shape (C, LANES).
+        1 - A, shape (C, C, LANES) for C carried numbers, and m, shape (C, LANES).
     """
     carried = last.shape[0] - 1
-    left = np.empty((LANES, carried, carried))
-    start = np.empty((carried, LANES))
-    for lane in range(LANES):
-        left[lane] = np.eye(carried) - last[:carried, :carried, lane].T
-        b = np.ascontiguousarray(last[carried, :carried, lane])
-        start[:, lane] = np.linalg.solve(left[lane], b)
-    return left, start
+    left = np.empty((carried, carried, LANES))
+    start = np.empty((1, carried, LANES))
+    for i in range(carried):
+        for lane in range(LANES):
+            start[0, i, lane] = last[carried, i, lane]
+        for j in range(carried):
+            for lane in range(LANES):
+                left[i, j, lane] = (1.0 if i == j else 0.0) - last[j, i, lane]
+    solve(left, False, start)
+    return left, start[0]
 
 
-@numba.njit(forceinline=True)
+@numba.njit(fastmath=_FAST, forceinline=True)
 def periodic_slopes(left: Array, end: Array) -> Array:
     """Derivatives of the periodic state, dm = (1 - A)⁻¹ (dA m + db).
 
@@ -793,14 +813,52 @@ def periodic_slopes(left: Array, end: Array) -> Array:
     Returns:
         Shape (D, C, LANES).
     """
-    carried = left.shape[1]
-    slopes = np.empty((end.shape[0], carried, LANES))
-    if end.shape[0] == 0:
-        return slopes  # the solver writes beyond right-hand sides without columns
-    for lane in range(LANES):
-        right = np.ascontiguousarray(end[:, :carried, lane].T)
-        slopes[:, :, lane] = np.linalg.solve(left[lane], right).T
+    slopes = np.empty((end.shape[0], left.shape[0], LANES))
+    for p in range(slopes.shape[0]):
+        for j in range(slopes.shape[1]):
+            for lane in range(LANES):
+                slopes[p, j, lane] = end[p, j, lane]
+    solve(left, False, slopes)
     return slopes
+
+
+@numba.njit(fastmath=_FAST, forceinline=True)
+def solve(left: Array, transposed: bool, x: Array) -> None:
+    """Write left⁻¹ x, or left⁻ᵀ x, over the vectors x: elimination, the largest pivot first.
+
+    The library's solver would double the time of compilation.
+
+    Args:
+        left: shape (C, C, LANES).
+        transposed: whether its transpose is meant.
+        x: shape (D, C, LANES).
+    """
+    size, vectors = x.shape[1], x.shape[0]
+    u = np.empty((size, size))
+    for lane in range(LANES):
+        for i in range(size):
+            for j in range(size):
+                u[i, j] = left[j, i, lane] if transposed else left[i, j, lane]
+        for k in range(size):
+            pivot = k
+            for i in range(k + 1, size):
+                if abs(u[i, k]) > abs(u[pivot, k]):
+                    pivot = i
+            for j in range(size):
+                u[k, j], u[pivot, j] = u[pivot, j], u[k, j]
+            for p in range(vectors):
+                x[p, k, lane], x[p, pivot, lane] = x[p, pivot, lane], x[p, k, lane]
+            for i in range(k + 1, size):
+                factor = u[i, k] / u[k, k]
+                for j in range(k, size):
+                    u[i, j] -= factor * u[k, j]
+                for p in range(vectors):
+                    x[p, i, lane] -= factor * x[p, k, lane]
+        for p in range(vectors):
+            for k in range(size - 1, -1, -1):
+                for j in range(k + 1, size):
+                    x[p, k, lane] -= u[k, j] * x[p, j, lane]
+                x[p, k, lane] /= u[k, k]
 
 
 @numba.njit(fastmath=_FAST, forceinline=True)
