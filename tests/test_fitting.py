@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from fisherprint import cli, files, fit, maps
+from fisherprint import cli, error_bars, files, fit, maps
 from fisherprint import experiment as stages
 from fisherprint.experiment import Run, fit_inputs, fitting
 from fisherprint.sequence import PulseTrain
@@ -265,6 +265,40 @@ def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) 
     assert set(summary["provenance"]["prior"]) == {"m0s", "T1", "T2f", "Rx", "T2s"}
     narrow = fitted(run, images, tmp_path / "narrow", noise_std=std, prior=1e-6)
     np.testing.assert_allclose(narrow["Rx"][np.isfinite(narrow["Rx"])], 44.0, rtol=1e-3)
+
+
+def test_the_background_tells_the_noise_that_a_prior_weighs_against(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    """As if it had been given; a factor of ten from the true one would change the maps."""
+    wide = [(0, 14), (0, 10), (0, 2)]  # room for noise that is not next to the mask
+    volume = files.read_coefficients(images)
+    rng = np.random.default_rng(2)
+    x = np.pad(volume.data, [*wide, (0, 0)])
+    noise = 100 * STD * (rng.standard_normal((*x.shape, 2)) @ [1, 1j])
+    mask = np.pad(np.asarray(nibabel.load(images.parent / "mask.nii.gz").dataobj) != 0, wide)
+    x = np.where(mask[..., None], x, noise).astype(np.complex64)
+    padded = files.Volume(x, volume.affine)
+    basis = stages.read_data(run)[0].basis
+    files.write_coefficients(tmp_path / "x.nii.gz", padded, basis_sha256=basis.digest)
+    files.write_mask(tmp_path / "mask.nii.gz", mask, volume=padded)
+    std = error_bars.noise_of_background(x, mask)
+    assert std == pytest.approx(100 * STD, rel=0.05)  # 13 coefficients of some thousand voxels
+
+    def mapped(out: str, std: float | None) -> dict[str, np.ndarray]:
+        return fitted(
+            run, tmp_path / "x.nii.gz", tmp_path / out, start=1, prior=1.0, noise_std=std
+        )
+
+    found, given, other = (
+        mapped(*each) for each in (("found", None), ("given", std), ("other", 10 * std))
+    )
+    for name in found:
+        np.testing.assert_array_equal(found[name], given[name], err_msg=name)
+    assert np.nanmax(np.abs(other["Rx"] - found["Rx"])) > 1
+    summary = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert summary["provenance"]["noise"]["source"] == "background"
+    assert summary["provenance"]["noise"]["std"] == std
 
 
 def test_a_uniform_prior_has_nothing_to_weigh_in(run: Run) -> None:

@@ -118,7 +118,7 @@ def fit(
         str | None, typer.Option(metavar="N|MAPS|RUN", help="Else RUN's network, or 4 starts.")
     ] = None,
     noise_std: Annotated[
-        float | None, typer.Option(help="σ of Re, Im; else the residual's.")
+        float | None, typer.Option(help="σ; else residual's or background's.")
     ] = None,
     prior: Annotated[
         float | None, typer.Option(metavar="WIDTH", help="Weigh in the prior; 1: as it is.")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,7 +86,8 @@ def fit_run(
 
     Args:
         run: its data set says train, model, basis and prior, which bounds the parameters.
-        section: the images, their mask, and σ if it is known; else it comes from the residual.
+        section: the images, their mask, and σ if it is known; else it comes from the residual, or
+            with a prior from the background.
         out: folder for the maps: of each parameter, of its standard deviation (`<name>_std`), of
             M0, the relative residual, the iterations and the `fit.Reason` of the end; of the
             `maps.Status`; and `summary.json`.
@@ -95,7 +96,7 @@ def fit_run(
             like it; or a folder of maps, or a run with a network, whose estimates replace those
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
         prior: weigh in the normal distributions of the run's prior, this many times as wide; 1
-            for the most probable estimate. It needs σ. If None, the prior is but the limits.
+            for the most probable estimate. If None, the prior is but the limits.
         overwrite: replace maps that are there.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
@@ -109,7 +110,8 @@ def fit_run(
         ExperimentError: there is no data set, no network to start from, or no estimate in the
             folder to start from.
         BasisMismatchError: the images, or the network to start from, have another basis.
-        ValueError: images, mask, known parameters, starts or a prior that do not fit.
+        ValueError: images, mask, known parameters, starts or a prior that do not fit, or a prior
+            where nothing tells σ.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
@@ -124,6 +126,9 @@ def fit_run(
         raise ValueError(
             f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
         )
+    noise_std = section.noise_std
+    if noise_std is None and prior is not None:
+        noise_std = error_bars.noise_of_background(volume.data, mask)
     from_prior = prior_of(run, model, pulses)
     estimator = fit.LeastSquares(
         model,
@@ -133,13 +138,13 @@ def fit_run(
         inputs=tuple(voxels.known),
         bounds=bounds_of(from_prior, model),
         prior=normals_of(from_prior, prior, unknown=set(model.names) - set(known or {})),
-        noise_std=section.noise_std,
+        noise_std=noise_std,
     )
     files.conversions(_described(model, estimator), stated or {})  # refused now, not in the end
     content = (
         *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
         *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
-        *(estimator.prior, n_starts, section.noise_std, voxels.digest, CHUNK, versions()),
+        *(estimator.prior, n_starts, noise_std, voxels.digest, CHUNK, versions()),
     )
     identity = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     folder = out / "chunks" / identity
@@ -176,8 +181,9 @@ def fit_run(
     degrees = 2 * data.basis.rank - len(estimator.estimated or ()) - len(fisher.SCALE)
     of_residuals = error_bars.noise_of_residuals(found["residual"], degrees)
     noise = error_bars.Noise(of_residuals, "residuals", of_residuals)
-    if section.noise_std is not None:
-        noise = error_bars.Noise(section.noise_std, "given", of_residuals)
+    if noise_std is not None:
+        told_by: Literal["given", "background"] = "given" if section.noise_std else "background"
+        noise = error_bars.Noise(noise_std, told_by, of_residuals)
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "estimator": "non-linear least squares" + " with a prior" * bool(estimator.prior),
