@@ -251,6 +251,18 @@ def test_a_basis_is_the_svds_of_the_drawn_fingerprints(model, basis):
         )
 
 
+def test_a_crb_svd_basis_is_that_of_their_derivatives(model, basis):
+    prior = paper_prior(model.names, repetition_time=3.5e-3)
+    drawn = model.simulate(prior.sample(300, rng=np.random.default_rng(0)))
+    expected = subspace.fit(drawn, rank=9, method="crb-svd")
+    found = bounds.fit_basis(
+        model, prior, rank=9, method="crb-svd", size=300, rng=np.random.default_rng(0)
+    )
+    overlap = np.abs(expected.vectors.conj().T @ found.vectors)
+    np.testing.assert_allclose(overlap, np.eye(9), atol=1e-6)
+    assert np.abs(overlap - np.abs(expected.vectors.conj().T @ basis.vectors)).max() > 0.1
+
+
 @pytest.mark.parametrize("parameters", [("m0s", "T1", "B1"), ("T1s", "T1f", "B0"), ("T2", "T1")])
 @pytest.mark.parametrize("name", ["white matter", "CSF"])
 def test_tissues_by_name_for_every_model(name, parameters):
@@ -286,6 +298,7 @@ ASKED = {
     "snr": 20.0,
     "scan_time": 2.0,
     "rank": 9,
+    "basis_method": "crb-svd",
     "seed": 1,
 }
 
@@ -293,7 +306,7 @@ ASKED = {
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Question)])
 def test_every_part_of_a_question_changes_the_answer(field):
     trains = {"short": short_train()}
-    before = Question(rank=8) if field == "seed" else Question()
+    before = Question(rank=8) if field in ("seed", "basis_method") else Question()
     tables = [
         experiment.bound_table(trains, question)
         for question in (before, dataclasses.replace(before, **{field: ASKED[field]}))
@@ -382,6 +395,8 @@ def test_crb_compares_trains_with_the_first(trains, tmp_path):
     assert "Known: B1, Rx." in out
     assert "(short 21.4 x 0.14 s, longer 16.5 x 0.182 s)" in out
     assert f"written: {files[1]}" in out
+    better = done("crb", *trains, *arguments, "--basis-method", "crb-svd")
+    assert "9 CRB-SVD coefficients" in better and "9 coefficients" not in better
     ratio = table.signal[1, 0, 0] / table.signal[0, 0, 0]
     line = next(line for line in out.splitlines() if "m0s" in line and "prior" in line)
     assert float(columns(line)[-4]) == pytest.approx(ratio, rel=5e-3)
@@ -413,6 +428,8 @@ def test_crb_says_which_parameters_cannot_be_told_apart(trains):
         (("--snr", -1), "the SNR must be a positive finite number; got -1.0"),
         (("--b1", 2), "4.5"),
         (("--rank", 50), "the rank must lie between 1 and 40"),
+        (("--basis-method", "crb-svd"), "expected a rank for the basis method 'crb-svd'"),
+        (("--rank", 9, "--basis-method", "pca"), "expected the method svd or crb-svd; got 'pca'"),
         (("--repetition-time", 3.5), "expected a repetition time for .mat files alone"),
     ],
 )

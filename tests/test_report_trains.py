@@ -251,6 +251,7 @@ def bound_table(**changes):
         signal=signal,
         coefficients=None,
         rank=None,
+        basis_method="svd",
         confounded={("first", "a"): (), (NASTY, "b"): (("m0s", "Re M0"),)},
         snr=50,
         scan_time=12,

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from fisherprint import _checks, _threads, fisher, subspace
 from fisherprint.models.protocol import SignalModel
 from fisherprint.parameters import Parameter, Prior
-from fisherprint.subspace import Basis
+from fisherprint.subspace import Basis, Method
 
 Floats = NDArray[np.float64]
 
@@ -123,12 +123,18 @@ def scan_noise(*, snr: float, scan_time: float, duration: float) -> float:
 
 
 def fit_basis(
-    model: SignalModel, prior: Prior, *, rank: int, size: int = 2048, rng: Generator
+    model: SignalModel,
+    prior: Prior,
+    *,
+    rank: int,
+    method: Method = "svd",
+    size: int = 2048,
+    rng: Generator,
 ) -> Basis:
-    """SVD basis of `size` fingerprints drawn from the prior (§2.4).
+    """Basis of `size` fingerprints drawn from the prior, by the methods of `subspace.fit` (§2.4).
 
     Raises:
-        ValueError: the prior is of other parameters, or the rank is too large.
+        ValueError: the prior is of other parameters, the rank is too large, or the method unknown.
     """
     if prior.names != model.names:
         raise ValueError(
@@ -136,10 +142,11 @@ def fit_basis(
             f"{_checks.listing(prior.names)}. Make it for this model."
         )
     theta = prior.sample(size, rng=rng)
-    parts = (model.signal(theta[first : first + _BATCH]) for first in range(0, size, _BATCH))
+    simulate = model.simulate if method == "crb-svd" else model.signal
+    parts = (simulate(theta[first : first + _BATCH]) for first in range(0, size, _BATCH))
     # One thread: the same basis on any number of cores, and no waiting where they are busy.
     with _threads.one_thread():
-        return subspace.fit(parts, rank=rank)
+        return subspace.fit(parts, rank=rank, method=method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +162,7 @@ class BoundTable:
         signal: √CRB of the whole signal, shape (L, S, P), SI units; infinite if not seen.
         coefficients: that of each train's K coefficients, likewise; None if not asked for.
         rank: K, or None.
+        basis_method: how the bases of the coefficients were found.
         confounded: by (train, tissue), groups that its signal cannot tell apart (or where
             there are coefficients, that these cannot).
         snr: |M0|/σ of one cycle.
@@ -170,6 +178,7 @@ class BoundTable:
     signal: Floats
     coefficients: Floats | None
     rank: int | None
+    basis_method: Method
     confounded: Mapping[tuple[str, str], tuple[fisher.Group, ...]]
     snr: float
     scan_time: float
@@ -180,7 +189,8 @@ class BoundTable:
         """√CRB (L, S, P) by what is observed: the signal, and the coefficients if asked for."""
         rows = {"signal": self.signal}
         if self.coefficients is not None:
-            rows[f"{self.rank} coefficients"] = self.coefficients
+            kind = "CRB-SVD " if self.basis_method == "crb-svd" else ""
+            rows[f"{self.rank} {kind}coefficients"] = self.coefficients
         return rows
 
     @property
@@ -238,6 +248,7 @@ def table(
     scan_time: float | None = None,
     known: Sequence[str] = (),
     bases: Mapping[str, Basis] | None = None,
+    basis_method: Method = "svd",
 ) -> BoundTable:
     """√CRB of tissues, for one or several trains side by side.
 
@@ -249,6 +260,7 @@ def table(
         scan_time: in s; that of the longest cycle if None.
         known: parameters that are no unknowns.
         bases: of each train's coefficients, of one rank.
+        basis_method: how they were found, to be said.
 
     Raises:
         ValueError: no train or no tissue, models of other parameters, or bases of other ranks;
@@ -297,6 +309,7 @@ def table(
         signal=np.stack([bounds.root for bounds in signal]),
         coefficients=np.stack([b.root for b in coefficients]) if coefficients else None,
         rank=ranks.pop() if ranks else None,
+        basis_method=basis_method,
         confounded=confounded,
         snr=snr,
         scan_time=time,

@@ -85,8 +85,11 @@ def crb(
     snr: Snr = None,
     scan_time: ScanTime = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="K", help="Bounds of K coefficients, too.")
+        int | None,
+        typer.Option(metavar="K", help="K coefficients too (--basis-method M)."),
     ] = None,
+    # Beside what it belongs to, so that the help fits a screen.
+    basis_method: Annotated[str | None, typer.Option(hidden=True)] = None,
     repetition_time: RepetitionTime = None,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as CSV.")] = None,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as JSON.")] = None,
@@ -104,6 +107,7 @@ def crb(
         snr=snr,
         scan_time=scan_time,
         rank=rank,
+        basis_method=basis_method,
     )
     table = stages.bound_table(trains, question)
     _print_bounds(table)

@@ -22,7 +22,7 @@ from fisherprint.models import SignalModel, SinglePool, TwoPool
 from fisherprint.models.lineshape import MAX_ANGLE
 from fisherprint.parameters import Parameter, paper_prior
 from fisherprint.sequence import PulseTrain
-from fisherprint.subspace import Basis
+from fisherprint.subspace import Basis, Method
 
 BUNDLED = "bundled"
 TRAIN_SUFFIXES = (".toml", ".h5", ".hdf5", ".mat", ".seq")
@@ -61,7 +61,11 @@ class Question:
         snr: |M0|/σ of one cycle.
         scan_time: in s; that of the longest cycle if None.
         rank: K, if the bounds of K coefficients are wanted, too.
+        basis_method: of `subspace.fit`, for their basis.
         seed: of the fingerprints whose basis that is.
+
+    Raises:
+        ValueError: a CRB-SVD basis without a rank.
     """
 
     tissues: tuple[str, ...] = ("white matter", "grey matter", tissues.PRIOR)
@@ -72,7 +76,15 @@ class Question:
     snr: float = 50.0
     scan_time: float | None = None
     rank: int | None = None
+    basis_method: Method = "svd"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank is None and self.basis_method != "svd":
+            raise ValueError(
+                f"expected a rank for the basis method {self.basis_method!r}; got none. Give the "
+                "number of coefficients, or leave the method out."
+            )
 
 
 def read_trains(
@@ -125,6 +137,7 @@ def bases_of(trains: Trains, models: Models, question: Question) -> dict[str, Ba
             model,
             paper_prior(model.names, repetition_time=trains[label].repetition_time),
             rank=question.rank,
+            method=question.basis_method,
             rng=np.random.default_rng(question.seed),
         )
         for label, model in models.items()
@@ -162,6 +175,7 @@ def bound_table(
         scan_time=question.scan_time,
         known=question.known,
         bases=bases,
+        basis_method=question.basis_method,
     )
 
 
