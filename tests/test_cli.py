@@ -538,7 +538,7 @@ def start_training(run: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    checkpoint, deadline = run / "network/checkpoint.safetensors", time.monotonic() + 60
+    checkpoint, deadline = run / "network/checkpoint.safetensors", time.monotonic() + 300
     while not checkpoint.exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()  # or it would never say what it has said
