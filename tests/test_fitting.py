@@ -151,10 +151,12 @@ def test_a_volume_is_the_fit_of_its_voxels(
         values = np.where(mask, values.reshape(SHAPE), np.nan)
         # Batches of other voxels round differently: far within the noise, where searches end.
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
-    # Which of the good ends comes first is rounding, too.
+    # Which of the good ends comes first is rounding, too: in 1 of the 58 voxels, whose estimates
+    # are 6e-6 standard deviations apart. The bad ends are the same.
+    ends, wanted = found["reason"][mask], expected.reason.reshape(SHAPE)[mask]
+    assert (ends != wanted).mean() < 0.05
     np.testing.assert_array_equal(
-        np.maximum(found["reason"], fit.Reason.COST)[mask],
-        np.maximum(expected.reason, fit.Reason.COST).reshape(SHAPE)[mask],
+        np.maximum(ends, fit.Reason.COST), np.maximum(wanted, fit.Reason.COST)
     )
     assert np.isnan(found["reason"][~mask]).all()
     assert set(found) == {*columns, "M0_phase", "iterations", "reason", "status"} | (

@@ -162,7 +162,7 @@ class BoundTable:
         signal: √CRB of the whole signal, shape (L, S, P), SI units; infinite if not seen.
         coefficients: that of each train's K coefficients, likewise; None if not asked for.
         rank: K, or None.
-        basis_method: how the bases of the coefficients were found.
+        basis_method: how the bases of the coefficients were found; None if nobody said.
         confounded: by (train, tissue), groups that its signal cannot tell apart (or where
             there are coefficients, that these cannot).
         snr: |M0|/σ of one cycle.
@@ -178,7 +178,7 @@ class BoundTable:
     signal: Floats
     coefficients: Floats | None
     rank: int | None
-    basis_method: Method
+    basis_method: Method | None
     confounded: Mapping[tuple[str, str], tuple[fisher.Group, ...]]
     snr: float
     scan_time: float
@@ -248,7 +248,7 @@ def table(
     scan_time: float | None = None,
     known: Sequence[str] = (),
     bases: Mapping[str, Basis] | None = None,
-    basis_method: Method = "svd",
+    basis_method: Method | None = None,
 ) -> BoundTable:
     """√CRB of tissues, for one or several trains side by side.
 
@@ -260,7 +260,7 @@ def table(
         scan_time: in s; that of the longest cycle if None.
         known: parameters that are no unknowns.
         bases: of each train's coefficients, of one rank.
-        basis_method: how they were found, to be said.
+        basis_method: how they were found, for the labels.
 
     Raises:
         ValueError: no train or no tissue, models of other parameters, or bases of other ranks;

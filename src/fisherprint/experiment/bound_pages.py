@@ -175,7 +175,7 @@ def bound_table(
         scan_time=question.scan_time,
         known=question.known,
         bases=bases,
-        basis_method=question.basis_method,
+        basis_method=None if question.rank is None else question.basis_method,
     )
 
 

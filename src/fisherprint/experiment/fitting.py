@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,8 +182,8 @@ def fit_run(
     of_residuals = error_bars.noise_of_residuals(found["residual"], degrees)
     noise = error_bars.Noise(of_residuals, "residuals", of_residuals)
     if noise_std is not None:
-        told_by: Literal["given", "background"] = "given" if section.noise_std else "background"
-        noise = error_bars.Noise(noise_std, told_by, of_residuals)
+        given = section.noise_std is not None
+        noise = error_bars.Noise(noise_std, "given" if given else "background", of_residuals)
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "estimator": "non-linear least squares" + " with a prior" * bool(estimator.prior),
