@@ -606,6 +606,24 @@ def test_a_varied_run_shares_the_data_set_and_trains_at_once(
     assert files.read_audit(new / "evaluation.h5")[0].names == ("T2f", "B1")
 
 
+def test_a_start_is_found_from_the_working_directory_and_can_be_taken_away(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stages.open_run(runs["crb-0"])
+    monkeypatch.chdir(runs["crb-0"].parent)
+    changes = ["training.start=crb-0", "training.loss=bias-reduced", "training.realizations=4"]
+    second = stages.vary(run, tmp_path / "second", [*changes, "training.batch_size=32"])
+    assert second.experiment.training.start == runs["crb-0"]
+    # As another process reads it, wherever it works.
+    monkeypatch.chdir(tmp_path)
+    assert stages.open_run(second.folder).experiment == second.experiment
+    with pytest.raises(stages.ExperimentError, match="Drop it, or change the loss"):
+        stages.vary(second, tmp_path / "third", ["training.loss=crb"])
+    unset = ["training.loss=crb", "training.realizations=", "training.start="]
+    third = stages.vary(second, tmp_path / "third", unset).experiment.training
+    assert (third.start, third.loss) == (None, "crb")
+
+
 def test_without_links_the_data_set_is_copied(runs: dict[str, Path], tmp_path: Path) -> None:
     with mock.patch("os.link", side_effect=OSError("no links here")):
         run = stages.vary(stages.open_run(runs["crb-0"]), tmp_path / "new", ["title=Other"])
@@ -624,6 +642,8 @@ def test_without_links_the_data_set_is_copied(runs: dict[str, Path], tmp_path: P
         (["prior.B1={mean=1.0, std=0.1}"], r"got one of \[prior\]"),
         (["training.loss"], "expected changes as TABLE.KEY=VALUE; got 'training.loss'"),
         (["title.x=1"], "'title' of 'title.x=1' is no table"),
+        (["training.start="], "by 'training.start='; training.start is not set"),
+        (["training.start=nowhere"], "expected a trained network to start from in .*nowhere"),
     ],
 )
 def test_changes_that_make_no_sense_are_refused(

@@ -134,7 +134,7 @@ def vary(
     run: RunFolder,
     output: OutputRun,
     changes: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="May be repeated.")
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Repeatable; KEY= unsets.")
     ],
 ) -> None:
     """Prepare another training on the data set of a run, with fields of its experiment changed.

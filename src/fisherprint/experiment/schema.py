@@ -271,7 +271,12 @@ def read(path: Path | None, *, data: Path | None = None) -> Experiment:
     except ValidationError as error:
         raise ExperimentError(f"{path}: {explained(error)}") from error
     folder = (where / experiment.data if data is None else data).resolve()
-    return _moved(experiment.model_copy(update={"data": folder}), lambda path: folder / path)
+    return absolute(experiment.model_copy(update={"data": folder}), folder)
+
+
+def absolute(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with relative paths but `data` taken from a folder."""
+    return _moved(experiment, lambda path: folder / path)
 
 
 def explained(error: ValidationError) -> str:

@@ -85,7 +85,7 @@ def train_run(
     )
     start, start_digest = None, None
     if run.experiment.training.start is not None and (force or not run.checkpoint.exists()):
-        start, start_digest = _read_start(run.experiment.training.start, config, data)
+        start, start_digest = read_start(run.experiment.training.start, config, data)
     if force:
         ranks.first(lambda: forget_training(run))
     state = None
@@ -142,10 +142,15 @@ def train_run(
         files.save_network(run.network, state.weights, card)
 
 
-def _read_start(
+def read_start(
     folder: Path, config: train.TrainingConfig, data: simulate.DataSet
 ) -> tuple[dict[str, Any], str]:
-    """Weights to start from, of a run or network folder, and their SHA-256."""
+    """Weights to start from, of a run or network folder, and their SHA-256.
+
+    Raises:
+        ExperimentError: none is there, or it has another basis, rank or other parameters.
+        UnreadableFileError: its files are damaged.
+    """
     network = folder if (folder / "card.json").exists() else folder / "network"
     if not (network / "card.json").exists():
         raise ExperimentError(

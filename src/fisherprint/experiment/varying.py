@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from fisherprint import files
 from fisherprint.experiment.folder import Run, read_data
-from fisherprint.experiment.schema import Experiment, ExperimentError, explained
+from fisherprint.experiment.schema import Experiment, ExperimentError, absolute, explained
+from fisherprint.experiment.training import read_start
 
 # What the data set was made from.
 _OF_THE_DATA_SET = ("sequence", "model", "prior", "simulation")
@@ -27,12 +28,13 @@ def vary(run: Run, folder: Path, changes: Sequence[str]) -> Run:
     Args:
         run: with a data set.
         folder: of the new run.
-        changes: such as `training.loss=mse`; values are TOML, or words.
+        changes: such as `training.loss=mse`; values are TOML, or words. An empty value
+            (`training.start=`) takes a field away. Relative paths are from the working directory.
 
     Raises:
         OutputExistsError: the folder holds a run.
         ExperimentError: no data set, a change that does not fit the schema, one that asks for
-            another data set, or none.
+            another data set, or none; no network to start from, or an unfit one.
         ValueError: known inputs for a data set of an early version, which has no Fisher
             information.
         SingularInformationError: a parameter that is not determined with these inputs.
@@ -46,7 +48,7 @@ def vary(run: Run, folder: Path, changes: Sequence[str]) -> Run:
     for change in changes:
         _set(content, change)
     try:
-        varied = Experiment.model_validate(content)
+        varied = absolute(Experiment.model_validate(content), Path.cwd())
     except ValidationError as error:
         raise ExperimentError(f"{' '.join(changes)}: {explained(error)}") from error
     if varied == run.experiment:
@@ -61,6 +63,8 @@ def vary(run: Run, folder: Path, changes: Sequence[str]) -> Run:
             )
     # Whether this data set has the bounds that the training will need.
     data.crb("training", known=varied.training.inputs)
+    if varied.training.start is not None:
+        read_start(varied.training.start, varied.training.config, data)
     files.write_toml(folder / "experiment.toml", varied.model_dump(mode="json", exclude_none=True))
     new = Run(folder, varied)
     new.dataset.unlink(missing_ok=True)
@@ -86,6 +90,14 @@ def _set(content: dict[str, Any], change: str) -> None:
                 f"expected changes as TABLE.KEY=VALUE; {table!r} of {change!r} is no table. "
                 "Such as: training.loss=mse"
             )
+    if not text.strip():
+        if key not in content:
+            raise ExperimentError(
+                f"expected a field that is there, to take it away by {change!r}; {path.strip()} "
+                "is not set. Correct its name, or leave it as it is."
+            )
+        del content[key]
+        return
     try:
         content[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
