@@ -121,8 +121,9 @@ def make(run: Run, folder: Path, *, today: date, force: bool = False) -> Trained
         )
     weights = _rounded(network.state_dict())
     config = train.TrainingConfig.model_validate(card["config"])
-    test = labelled(data, "test", config.estimated)
-    moved = _moved(network, Network.from_weights(weights), test, config)
+    everything = labelled(data, "test", config.estimated, known=config.inputs)
+    test, known = everything.select(config.estimated), everything.select(config.inputs).theta
+    moved = _moved(network, Network.from_weights(weights), test, known, config)
     # A NaN is refused as well.
     if not all(value <= _MAX_ROUNDING for value in moved.values()):
         raise ExperimentError(
@@ -161,10 +162,12 @@ def described(trained: Trained) -> list[str]:
         f"{name} {audit['bias'][name]:.3f} and {audit['variance'][name]:.3f}"
         for name in card["estimated"]
     )
+    unknown = [name for name in card["parameters"] if name not in config.inputs]
+    told = f"; told {', '.join(config.inputs)}" if config.inputs else ""
     return [
         f"{trained.folder.name}: {', '.join(card['estimated'])} from {card['rank']} coefficients "
         f"({card['basis_method']}) of {own} train, {trained.train.duration:.2f} s",
-        f"  unknown beside M0: {', '.join(card['parameters'])}; SNR {low:g} to {high:g}; "
+        f"  unknown beside M0: {', '.join(unknown)}{told}; SNR {low:g} to {high:g}; "
         f"{size / 1e6:.1f} MB",
         f"  trained with the {config.loss} loss on {sizes['training']} fingerprints for "
         f"{card['losses']['epochs']} epochs; fisherprint {card['versions']['fisherprint']}, "
@@ -247,7 +250,11 @@ def _rounded(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _moved(
-    network: Network, rounded: Network, test: train.Samples, config: train.TrainingConfig
+    network: Network,
+    rounded: Network,
+    test: train.Samples,
+    known: NDArray[np.floating],
+    config: train.TrainingConfig,
 ) -> dict[str, float]:
     """Root mean square of what rounding moves, in √CRB, at the largest SNR of the training."""
     scale, sigma = config.scale_range[1], config.noise_std
@@ -255,7 +262,7 @@ def _moved(
     M0 = scale * np.exp(2j * np.pi * rng.random((len(test.theta), 1)))
     noise = rng.standard_normal((*test.coefficients.shape, 2)).view(np.complex128)[..., 0]
     images: NDArray[Any] = M0 * test.coefficients + sigma * noise
-    extra = train.extra_inputs(config, images, np.empty(0), noise_std=sigma)
+    extra = train.extra_inputs(config, images, known, noise_std=sigma)
     images = np.concatenate([images, extra], axis=-1)
     difference = as_estimator(network)(images) - as_estimator(rounded)(images)
     # Where the bound is infinite nothing counts.
