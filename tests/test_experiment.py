@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import re
 import shutil
@@ -535,18 +536,31 @@ def test_a_network_without_its_data_set_keeps_its_experiment(
         merged(BASIS, {"simulation": {"basis": "missing.h5"}}),
         merged(BASIS, {"simulation": {"basis_key": "missing"}}),
         {"sequence": None} | BASIS,
+        {"training": {"start": "nowhere"}},
+        {"sequence": None, "prior": {"B1": {"low": 4.0, "high": 5.0}}},
     ],
-    ids=["no train", "no basis", "no key", "basis of another train"],
+    ids=[
+        *("no train", "no basis", "no key", "basis of another train", "no start"),
+        "no rate for the prior",
+    ],
 )
 def test_force_removes_nothing_that_cannot_be_made_anew(
     run: Run, inputs: Path, change: dict[str, Any]
 ) -> None:
     audit(run)
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="expected"):
+    with pytest.raises(ValueError, match=r"expected|must not exceed"):
         stages.start(read(inputs, merged(TINY, change)), run.folder, force=True)
     after = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_force_does_not_remove_what_the_new_training_starts_from(run: Run, inputs: Path) -> None:
+    for folder in (run.folder, run.network):
+        own = merged(TINY, {"training": {"start": str(folder)}})
+        with pytest.raises(ExperimentError, match=r"which --force would remove"):
+            stages.start(read(inputs, own), run.folder, force=True)
+    assert stages.load_network(run)[1]["rank"] == RANK
 
 
 def test_a_forced_training_keeps_the_network_if_the_data_set_is_damaged(run: Run) -> None:
@@ -594,6 +608,42 @@ def test_files_to_map_are_missed_before_the_simulation(inputs: Path, tmp_path: P
         with pytest.raises(UnreadableFileError, match=r"expected a file at .*no\."):
             stages.run_all(run, say=silent, progress=silent)
         assert not run.dataset.exists()
+
+
+def test_what_later_stages_need_is_missed_before_the_simulation(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stages.start(
+        read(inputs, merged(TINY, {"training": {"start": "no-run"}})), tmp_path / "start"
+    )
+    with pytest.raises(ExperimentError, match=r"network to start from in .*no-run; there is none"):
+        stages.run_all(run, say=silent, progress=silent)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "nilearn" else found(name)
+    )
+    run = stages.start(read(inputs, merged(TINY, {"brain": {}})), tmp_path / "brain")
+    with pytest.raises(ModuleNotFoundError, match="tissue maps of nilearn"):
+        stages.run_all(run, say=silent, progress=silent)
+
+
+def test_a_single_pool_has_a_digital_brain_and_no_saturation(inputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("nilearn")
+    single = {
+        "model": {"parameters": ["T1", "T2", "B0", "B1"]},
+        "training": {"estimated": ["T1", "T2"]},
+        "brain": {"voxel_size": 50.0},
+    }
+    run = stages.start(read(inputs, merged(TINY, single)), tmp_path)
+    stages.simulate_run(run, progress=silent)
+    stages.make_brain(run, progress=silent)
+    truth = files.read_maps(run.brain / "truth", ["T1", "T2"]).maps
+    # Between white matter and fluid (`phantom.TISSUES`); voxels so large hold some of each.
+    assert 0.07 < np.nanmin(truth["T2"]) < np.nanmax(truth["T2"]) < 2.0
+    assert 1.1 < np.nanmin(truth["T1"]) < np.nanmax(truth["T1"]) < 4.0
+    wrong = merged(single, {"model": {"saturation": "graham"}})
+    with pytest.raises(ExperimentError, match=r"not there; got 'graham'\. Drop it"):
+        read(inputs, merged(TINY, wrong))
 
 
 def test_a_checkpoint_goes_on_with_its_own_data_set_alone(run: Run, inputs: Path) -> None:
@@ -669,6 +719,60 @@ def test_more_epochs_replace_what_the_shorter_training_gave(run: Run) -> None:
     # Nothing left to train: nothing to replace.
     stages.train_run(longer, resume=True, say=silent, progress=silent)
     assert run.audit.exists()
+
+
+def test_a_longer_training_that_was_killed_goes_on(run: Run, inputs: Path) -> None:
+    """Its first new epoch stored, the network of fewer epochs is no longer that of the run."""
+    finished = Run(run.folder, read(inputs, merged(TINY, MAP)))
+    stages.run_all(finished, say=silent, progress=silent)
+    longer = Run(run.folder, read(inputs, merged(merged(TINY, MAP), {"training": {"epochs": 3}})))
+
+    def killed(what: str, done: int, _: int) -> None:
+        if what == "epochs" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_all(longer, say=silent, progress=killed)
+    assert not any(path.exists() for path in (run.audit, run.report, run.maps / "summary.json"))
+    with pytest.raises(ExperimentError, match=r"--resume$"):
+        stages.load_network(longer)
+    said: list[str] = []
+    stages.run_all(longer, say=said.append, progress=silent)
+    assert "resuming after epoch 2 of 3" in said
+    assert stages.load_network(longer)[1]["losses"]["epochs"] == 3
+    assert run.report.exists()
+    said.clear()
+    stages.run_all(longer, say=said.append, progress=silent)
+    assert sum("done before" in line for line in said) == 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"estimated": ["T2f", "m0s"]}, {"noise_std": 0.05}, {"scale_range": [0.2, 1.0]}]
+)
+def test_a_network_is_audited_for_what_it_was_trained_for(
+    run: Run, inputs: Path, change: dict[str, Any]
+) -> None:
+    other = Run(run.folder, read(inputs, merged(TINY, {"training": change})))
+    (key,) = change
+    with pytest.raises(ExperimentError, match=rf"another {key}\. Change it back, or train again"):
+        stages.evaluate_run(other, say=silent, progress=silent)
+    # How long and how fast is another matter.
+    fewer = merged(TINY, {"training": {"epochs": 7, "precision": "bfloat16", "compiled": True}})
+    audit(Run(run.folder, read(inputs, fewer)))
+
+
+def test_maps_of_other_parameters_do_not_stay_beside_new_ones(run: Run, inputs: Path) -> None:
+    finished = Run(run.folder, read(inputs, merged(TINY, MAP)))
+    stages.run_all(finished, say=silent, progress=silent)
+    assert (run.maps / "T2f.nii.gz").exists() and (run.maps / "T2f_std.nii.gz").exists()
+    one = Run(
+        run.folder, read(inputs, merged(merged(TINY, MAP), {"training": {"estimated": ["m0s"]}}))
+    )
+    stages.train_run(one, resume=False, force=True, say=silent, progress=silent)
+    stages.run_all(one, say=silent, progress=silent)
+    names = {path.name.split(".")[0] for path in run.maps.glob("*.nii.gz")}
+    assert {"m0s", "m0s_std", "status"} <= names
+    assert not {"T2f", "T2f_std"} & names
 
 
 def test_a_resumed_training_must_be_the_same(run: Run, inputs: Path) -> None:

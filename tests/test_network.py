@@ -187,6 +187,8 @@ def test_extra_inputs_stand_behind_the_coefficients_in_their_own_scale() -> None
     assert shapes.pop("extra_inputs") == (2, 3)
     assert plain.pop("linear.0.weight") == (128, 2 * RANK)
     assert shapes == plain
+    with pytest.raises(ValueError, match=r"axes \(B=4, n=3\); got \(4, 1\)"):
+        network.features(torch.from_numpy(coefficients(4)), torch.ones(4, 1))
     with pytest.raises(ValueError, match="expected the network's 3 extra inputs"):
         network(torch.from_numpy(c))
     with pytest.raises(ValueError, match=r"axes \(..., K=13 \+ n=3\); got the shape \(4, 13\)"):
@@ -290,6 +292,7 @@ def test_a_network_without_the_phase_sees_only_what_is_beside_it(network: Networ
     ("options", "message"),
     [
         ({"output_range": [[0.0] * 3, [0.1, 9.0, 1.0]]}, "low < mean < high"),
+        ({"output_range": [[0.0] * 3, [np.inf] * 3]}, "finite low < mean < high"),
         ({"output_range": [0.0, 1.0]}, r"axes \(2, E=3\)"),
         ({"extra_inputs": [[1.0], [0.0]]}, "positive spreads"),
         ({"extra_inputs": [1.0, 2.0]}, r"axes \(2, n\)"),

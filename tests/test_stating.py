@@ -117,9 +117,15 @@ def test_the_command_converts_a_folder(
 def test_in_place_and_away_again(folder: Path) -> None:
     files.state_maps(folder, {"m0s": "F"})
     assert (folder / "F.nii.gz").exists() and not (folder / "m0s.nii.gz").exists()
-    # Where new maps are written, F must not stay beside them.
-    files.remove_converted(folder)
-    assert not list(folder.glob("F*")) and (folder / "T1.nii.gz").exists()
+    # Of somebody else.
+    for name, about in (("B1", {"Unit": ""}), ("coefficients", {"Parameter": "c"})):
+        nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE), AFFINE), folder / f"{name}.nii.gz")
+        files.write_json(folder / f"{name}.json", about)
+    # Where new maps are written, no others must stay beside them.
+    files.remove_maps(folder)
+    assert {path.name for path in folder.iterdir()} == {
+        *("B1.nii.gz", "B1.json", "coefficients.nii.gz", "coefficients.json", "summary.json"),
+    }
 
 
 def test_an_estimate_of_one_has_no_ratio(folder: Path) -> None:

@@ -89,12 +89,13 @@ class Network(nn.Module):
         limits = None if output_range is None else _constants(output_range)
         if limits is not None and not (
             limits.shape == (2, len(mean))
+            and limits.isfinite().all()
             and (limits[0] < mean).all()
             and (mean < limits[1]).all()
         ):
             raise ValueError(
-                f"the output range must have the axes (2, E={len(mean)}) and low < mean < high; "
-                f"got {limits.tolist()} around {mean.tolist()}. Widen it."
+                f"the output range must have the axes (2, E={len(mean)}), and finite low < mean < "
+                f"high; got {limits.tolist()} around {mean.tolist()}. Widen it."
             )
         extra = None if extra_inputs is None else _constants(extra_inputs)
         if extra is not None and not (
@@ -186,6 +187,11 @@ class Network(nn.Module):
             raise ValueError(
                 f"expected the network's {self.n_extra} extra inputs beside the coefficients; "
                 "got none. Give them in the order of its card."
+            )
+        if extra.shape != (len(x), self.n_extra):
+            raise ValueError(
+                f"expected extra inputs with the axes (B={len(x)}, n={self.n_extra}); got "
+                f"{tuple(extra.shape)}. Give them in the order of the network's card."
             )
         mean, spread = self.extra_inputs
         return torch.cat([x, ((extra - mean) / spread).to(x.dtype)], dim=1)

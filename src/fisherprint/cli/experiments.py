@@ -60,7 +60,7 @@ def simulate(
             typer.echo("\n".join(lines))
         return
     run = stages.start(wanted, output, force=force)
-    stages.require_absent(run.dataset)
+    stages.require_absent(run.dataset, replaced="it, and the network trained with it,")
     with stages.workers(workers, scheduler) as pool, shown() as display:
         stages.simulate_run(run, executor=pool.executor, progress=display.progress)
         display.say(f"data set: {run.dataset}")

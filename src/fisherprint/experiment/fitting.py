@@ -29,6 +29,7 @@ from fisherprint.experiment.folder import (
     Progress,
     Run,
     Say,
+    forget_maps,
     read_data,
     region_file,
     versions,
@@ -349,7 +350,7 @@ def _write(
         )
         return result
 
-    files.remove_converted(out)  # of earlier maps
+    forget_maps(out)
     result = write(described, found["theta"][:, columns])
     write(described, found["std"][:, columns], kind="standard deviation")
     norm = np.linalg.norm(volume.data[mask], axis=1)

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fisherprint import files
 from fisherprint.experiment import schema
 from fisherprint.experiment.schema import Experiment, ExperimentError, inputs, read
@@ -21,6 +23,10 @@ Progress = Callable[[str, int, int], None]
 """Called with what is done, how many of it, and of how many."""
 Say = Callable[[str], None]
 """Called with a line for people."""
+
+
+# Fingerprints of the prior that a forced run must be able to simulate.
+_TRIED = 64
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,22 @@ def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
 
     Raises:
         OutputExistsError: the folder holds results of another experiment; `force` removes them,
-            unless the inputs of the new one are missing or damaged, which raises as `inputs`.
+            unless the inputs of the new one are missing or damaged, which raises as `inputs`, or
+            its prior cannot be simulated, which raises as the model.
+        ExperimentError: with `force`, a training that starts from this very folder.
     """
     path = folder / "experiment.toml"
     run = Run(folder, experiment)
     if force:
         # What cannot be made anew is not removed.
-        inputs(experiment)
+        given, seed = inputs(experiment), experiment.simulation.seed
+        given.model.simulate(given.prior.sample(_TRIED, rng=np.random.default_rng(seed)))
+        begin = experiment.training.start
+        if begin is not None and schema.network_folder(begin).resolve() == run.network.resolve():
+            raise ExperimentError(
+                f"expected a training that starts from another run; got {begin}, which --force "
+                "would remove. Choose another folder."
+            )
         forget_training(run)
         run.dataset.unlink(missing_ok=True)
         shutil.rmtree(run.shards, ignore_errors=True)
@@ -113,15 +128,20 @@ def region_file(region: str) -> str:
     return f"{region.lower().replace(' ', '_')}.nii.gz"
 
 
-def require_absent(product: Path) -> None:
+def require_absent(product: Path, *, replaced: str = "it") -> None:
     """Refuse to replace the product of a finished stage.
+
+    Args:
+        product: its file.
+        replaced: what --force would replace.
 
     Raises:
         OutputExistsError: it is there.
     """
     if product.exists():
         raise files.OutputExistsError(
-            f"{product} is already there. Choose another run folder, or replace it with --force."
+            f"{product} is already there. Choose another run folder, or replace {replaced} with "
+            "--force."
         )
 
 
@@ -136,6 +156,12 @@ def forget_results(run: Run) -> None:
     """Remove what earlier weights gave: the audit, what marks maps as finished, the report."""
     for product in (run.audit, run.maps / "summary.json", run.report):
         product.unlink(missing_ok=True)
+
+
+def forget_maps(out: Path) -> None:
+    """Remove earlier maps from a folder, first what marks them as finished."""
+    (out / "summary.json").unlink(missing_ok=True)
+    files.remove_maps(out)
 
 
 def versions() -> dict[str, str]:

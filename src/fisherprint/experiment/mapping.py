@@ -18,6 +18,7 @@ from fisherprint.experiment.folder import (
     Progress,
     Run,
     Say,
+    forget_maps,
     read_data,
     region_file,
     versions,
@@ -130,12 +131,12 @@ def map_run(
         progress: told how many voxels are done.
 
     Raises:
-        BasisMismatchError: the images were made with another basis, or have another rank.
+        BasisMismatchError: the images were made with another basis.
         OutputExistsError: `out` already holds maps.
         ExperimentError: there is no data set or no network yet, or the images' noise is missing
             or of no use.
-        ValueError: known maps that are not those of the network's inputs, or do not fit the
-            images, or are mostly outside of the range of its training.
+        ValueError: images of another rank; known maps that are not those of the network's
+            inputs, or do not fit the images, or are mostly outside of the range of its training.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
@@ -219,12 +220,13 @@ def map_run(
         "known_sha256": {name: files.file_digest(path) for name, path in section.known.items()},
         **({} if beside is None else {"noise": beside.noise.recorded}),
     }
+    forget_maps(out)
     files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
-    _write_beside(beside, result, out, volume, described, provenance)
+    if beside is not None:
+        _write_beside(beside, result, out, volume, described, provenance)
     status = bars.network_status(result, beside, described, ranges)
     files.write_status(status, out, volume=volume, provenance=provenance)
     regions = regions_of(result, say)
-    files.remove_converted(out)  # of earlier maps
     for name in REGIONS:
         path = out / region_file(name)
         path.unlink(missing_ok=True)  # of earlier maps
@@ -277,19 +279,14 @@ def _error_bars(trained: Trained, known: Sequence[str]) -> ErrorBars:
 
 
 def _write_beside(
-    beside: bars.Beside | None,
+    beside: bars.Beside,
     result: maps.Maps,
     out: Path,
     volume: files.Volume,
     described: list[Parameter],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Error bars, M0 and the residual; without them, none of earlier maps are left."""
-    if beside is None:
-        for name in (*(f"{p.name}_std" for p in described), *(p.name for p in bars.BESIDE)):
-            for suffix in (".nii.gz", ".json"):
-                (out / f"{name}{suffix}").unlink(missing_ok=True)
-        return
+    """Error bars, M0 and the residual."""
     names = tuple(parameter.name for parameter in bars.BESIDE)
     std = maps.Maps(result.names, beside.std, result.mask, result.n_failed)
     others = maps.Maps(names, beside.beside, result.mask, result.n_failed)

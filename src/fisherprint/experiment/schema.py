@@ -67,6 +67,20 @@ class ModelSection(Table):
         description="of the semi-solid pool: linearized, graham or generalized Bloch",
     )
 
+    @property
+    def is_single_pool(self) -> bool:
+        """Whether there is no semi-solid pool."""
+        return "m0s" not in self.parameters and "T2" in self.parameters
+
+    @model_validator(mode="after")
+    def _saturate_what_is_there(self) -> ModelSection:
+        if self.is_single_pool and self.saturation != "linearized":
+            raise ValueError(
+                f"expected no saturation of a pool that is not there; got {self.saturation!r}. "
+                "Drop it, or add m0s, T2f, Rx and T2s to the parameters."
+            )
+        return self
+
 
 class SimulationSection(Table):
     """The data set."""
@@ -334,6 +348,21 @@ def shareable(experiment: Experiment) -> dict[str, Any]:
     )
 
 
+def network_folder(start: Path) -> Path:
+    """Where the network of a run or network folder lies.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    for folder in (start, start / "network"):
+        if (folder / "card.json").exists():
+            return folder
+    raise ExperimentError(
+        f"expected a trained network to start from in {start}; there is none. Train it first, or "
+        "correct [training] start."
+    )
+
+
 class Inputs(NamedTuple):
     """What an experiment simulates with.
 
@@ -358,16 +387,18 @@ def model(experiment: Experiment, train: PulseTrain) -> SignalModel:
 
 def signal_model(section: ModelSection, train: PulseTrain) -> PulsedModel:
     """The model that a section describes, of a train."""
-    if "m0s" not in section.parameters and "T2" in section.parameters:
+    if section.is_single_pool:
         return SinglePool(train, section.parameters)
     return TwoPool(train, section.parameters, saturation=section.saturation)
 
 
 def inputs(experiment: Experiment) -> Inputs:
-    """Train, model, prior, and a basis or its rank; of the images to map, that they are there.
+    """Train, model, prior, and a basis or its rank; of what comes later, that it is there.
 
     Raises:
         UnreadableFileError: a file that the experiment names is missing, damaged or foreign.
+        ExperimentError: there is no network to start from.
+        ModuleNotFoundError: a digital brain without nilearn.
         ValueError: its contents are no pulse train, or no basis of it.
     """
     section = experiment.sequence
@@ -379,8 +410,12 @@ def inputs(experiment: Experiment) -> Inputs:
             inversion=section.inversion,
             phase_increment=section.phase_increment,
         )
+    # These are read hours later.
+    if experiment.training.start is not None:
+        network_folder(experiment.training.start)
+    if experiment.brain is not None:
+        files.read_tissue_maps()
     if experiment.map is not None:
-        # They are read last, hours later.
         named = (getattr(experiment.map, field) for field in _MAP_PATHS)
         for path in (*named, *experiment.map.known.values()):
             if path is not None:

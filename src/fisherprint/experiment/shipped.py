@@ -253,7 +253,7 @@ def _moved(
     network: Network,
     rounded: Network,
     test: train.Samples,
-    known: NDArray[np.floating],
+    known: NDArray[np.float64],
     config: train.TrainingConfig,
 ) -> dict[str, float]:
     """Root mean square of what rounding moves, in √CRB, at the largest SNR of the training."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,24 @@ from fisherprint.experiment.simulating import simulate_run
 from fisherprint.experiment.training import labelled, train_run
 from fisherprint.network import as_estimator
 
+# How far a training went, and how fast: no other estimates are asked for.
+_MAY_DIFFER = ("epochs", "compiled", "precision")
+
 
 def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
     """Stage 3: bias and variance on the test set against the bound of the coefficients.
 
     In float32 on any processor, so that audits compare (docs/decisions/027).
+
+    Raises:
+        ExperimentError: there is no data set or no network yet, or the network was trained with
+            another data set or other settings than the experiment has now.
+        UnreadableFileError: their files are damaged.
     """
-    section, config = run.experiment.evaluation, run.experiment.training
+    section = run.experiment.evaluation
     data, _, _ = read_data(run)
     network, card = load_network(run)
+    config = _trained_with(run, card)
     if card["dataset_sha256"] != files.file_digest(run.dataset):
         raise ExperimentError(
             f"expected the data set that {run.network} was trained with; {run.dataset} is "
@@ -83,6 +92,20 @@ def evaluate_run(run: Run, *, say: Say, progress: Progress) -> None:
     files.write_audit(run.audit, audit, score)
     for line in summary(audit, score):
         say(line)
+
+
+def _trained_with(run: Run, card: Mapping[str, Any]) -> train.TrainingConfig:
+    """What a network was trained with, which must be what its run's experiment says."""
+    config = train.TrainingConfig.model_validate(card["config"])
+    before, now = config.model_dump(), run.experiment.training.config.model_dump()
+    changed = [key for key in before if key not in _MAY_DIFFER and before[key] != now[key]]
+    if changed:
+        raise ExperimentError(
+            f"expected the [training] that {run.network} came from; {run.folder}/experiment.toml "
+            f"has another {', '.join(changed)}. Change it back, or train again: fisherprint "
+            f"train {run.folder} --force"
+        )
+    return config
 
 
 def summary(audit: evaluation.Audit, score: evaluation.Score) -> list[str]:
@@ -156,9 +179,15 @@ def run_all(run: Run, *, executor: Executor | None = None, say: Say, progress: P
 
         stages.append(("map", run.maps / "summary.json", map_stage))
     for name, product, stage in stages:
-        if product.exists():
+        if product.exists() and not (name == "train" and _is_to_go_on(run)):
             say(f"{name}: done before ({product})")
         else:
             say(f"{name} ...")
             stage()
     return report_run(run)
+
+
+def _is_to_go_on(run: Run) -> bool:
+    """Whether the experiment asks for more epochs than the network has."""
+    done = files.read_json(run.network / "card.json")["losses"]["epochs"]
+    return bool(done < run.experiment.training.epochs) and run.checkpoint.exists()

@@ -18,7 +18,7 @@ from fisherprint.experiment.folder import (
     versions,
 )
 from fisherprint.experiment.mapping import CARD_KEYS
-from fisherprint.experiment.schema import ExperimentError
+from fisherprint.experiment.schema import ExperimentError, network_folder
 from fisherprint.models.protocol import SignalModel
 from fisherprint.sequence import PulseTrain
 
@@ -126,6 +126,10 @@ def train_run(
                 "dataset_sha256": digest,
                 "start_sha256": start_digest,
             }
+            if state.epochs == done + 1:
+                # A network of fewer epochs, and what it gave, are no longer those of this run.
+                (run.network / "card.json").unlink(missing_ok=True)
+                forget_results(run)
             files.append_jsonl(run.log, vars(epoch))
             files.write_checkpoint(run.checkpoint, tensors, content)
         progress("epochs", epoch.number, config.epochs)
@@ -134,9 +138,6 @@ def train_run(
             f"validation {epoch.validation_loss:.4g}"
         )
     if state is not None and ranks.rank == 0:
-        if state.epochs > done:
-            # Results of other weights, if there are any.
-            forget_results(run)
         card = _card(run, state.config, data, pulses, model)
         card |= {"dataset_sha256": digest, "start_sha256": start_digest}
         files.save_network(run.network, state.weights, card)
@@ -151,12 +152,7 @@ def read_start(
         ExperimentError: none is there, or it has another basis, rank or other parameters.
         UnreadableFileError: its files are damaged.
     """
-    network = folder if (folder / "card.json").exists() else folder / "network"
-    if not (network / "card.json").exists():
-        raise ExperimentError(
-            f"expected a trained network to start from in {folder}; there is none. Train it "
-            "first, or correct [training] start."
-        )
+    network = network_folder(folder)
     weights, card = files.load_network_files(network, required=CARD_KEYS)
     for key, wanted in (
         ("estimated", list(config.estimated)),

@@ -48,7 +48,7 @@ from fisherprint.files.stating import (
     conversions,
     convert_maps,
     described_maps,
-    remove_converted,
+    remove_maps,
     state_maps,
 )
 from fisherprint.files.tables import read_label_names, read_labels, require_table, write_table
@@ -106,7 +106,7 @@ __all__ = [
     "read_tissue_maps",
     "read_toml",
     "recorded_basis",
-    "remove_converted",
+    "remove_maps",
     "require_file",
     "require_table",
     "save_network",

@@ -123,13 +123,13 @@ def convert_maps(folder: str | Path, out: str | Path, stated: Mapping[str, str])
     return [out / path.name for path in written]
 
 
-def remove_converted(folder: str | Path) -> None:
-    """Remove maps that were stated otherwise: before new ones come, which may have other names."""
+def remove_maps(folder: str | Path) -> None:
+    """Remove maps that this package made: new ones may be of fewer parameters or other names."""
     for sidecar in Path(folder).glob("*.json"):
         image = sidecar.with_suffix(".nii.gz")
-        if image.exists() and "Conversion" in read_json(sidecar):
-            sidecar.unlink()
+        if image.exists() and {"Parameter", "Provenance"} <= read_json(sidecar).keys():
             image.unlink()
+            sidecar.unlink()
 
 
 def _parameter(about: Mapping[str, Any]) -> Parameter:

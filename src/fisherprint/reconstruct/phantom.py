@@ -44,6 +44,11 @@ class Tissue:
         """Apparent relaxation time of both pools, s: 1/T1 = (1 − m0s)/T1f + m0s/T1s."""
         return 1 / ((1 - self.m0s) / self.T1f + self.m0s / self.T1s)
 
+    @property
+    def T2(self) -> float:
+        """Transverse relaxation time of a single pool, s: that of the free one, which is seen."""
+        return self.T2f
+
 
 # Water contents of white and grey matter are rounded from published maps (about 0.69 and 0.84);
 # those of the nuclei are set between them, for a plausible contrast only.
@@ -59,7 +64,7 @@ TISSUES: Mapping[str, Tissue] = MappingProxyType(
     }
 )
 
-TISSUE_PARAMETERS = ("m0s", "T1", "T1f", "T1s", "T2f", "Rx", "T2s")
+TISSUE_PARAMETERS = ("m0s", "T1", "T1f", "T1s", "T2", "T2f", "Rx", "T2s")
 FIELD_PARAMETERS = ("B0", "B1")
 
 
@@ -159,8 +164,8 @@ def digital_brain(
 
     Args:
         tissue_maps: probabilities in MNI space.
-        names: the wanted parameters in their order: m0s, T1 (apparent), T1f, T1s, T2f, T2s, Rx,
-            B0 (rad/s), B1.
+        names: the wanted parameters in their order: m0s, T1 (apparent), T1f, T1s, T2 (of a single
+            pool), T2f, T2s, Rx, B0 (rad/s), B1.
         box: first and last voxel centre along x, y and z, in MNI mm.
         voxel_size: edge of the cubic voxels, mm.
 

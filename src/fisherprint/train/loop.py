@@ -191,7 +191,8 @@ def train(
         start: weights to start from instead of random ones, a network's `state_dict`; its scaling
             of inputs and outputs stays. One that knows every phase may go on with the phase
             removed.
-        state: where to resume; its config may differ in `epochs` alone.
+        state: where to resume; its config may differ in `epochs`. Where it was not compiled or
+            not in bfloat16, it goes on so, whatever `config` says.
         device: where the network is trained.
         ranks: the processes that train it together, each of which calls this with the same
             arguments, takes its share of each batch and yields the same.
@@ -276,7 +277,7 @@ def _with_possible(
     """
     if state is not None:
         changes = {name: getattr(state.config, name) for name in ("compiled", "precision")}
-        # Only what was impossible there is taken over: other changes are refused later.
+        # Perhaps it was impossible there. Other changes are refused later.
         lost = {
             name: value
             for name, value in changes.items()
