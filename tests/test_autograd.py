@@ -120,6 +120,20 @@ def test_functions_that_return_no_signal(function, message):
         TorchModel(function, [T1, OMEGA])
 
 
+def test_a_function_may_hold_a_matrix_in_double_precision():
+    """θ is float64 when the samples are counted, too."""
+    A, types = torch.eye(2, dtype=torch.float64), set()
+
+    def function(θ):
+        types.add(θ.dtype)
+        return torch.exp(-(A @ θ))
+
+    parameters = [fp.Parameter(name, name, "s", (0.1, 2.0)) for name in ("a", "b")]
+    model = TorchModel(function, parameters)
+    np.testing.assert_allclose(model.signal([[0.5, 1.0]]), np.exp([[-0.5, -1.0]]), rtol=1e-15)
+    assert types == {torch.float64}
+
+
 def test_functions_that_torch_cannot_batch():
     model = TorchModel(branching, [T1, OMEGA])
     with pytest.raises(ValueError, match=r"can batch and differentiate; .*\n.*torch.where"):

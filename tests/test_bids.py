@@ -166,6 +166,24 @@ def test_nothing_is_overwritten_unasked(folder: Path) -> None:
     assert not (root / "sub-02").exists()
 
 
+def test_earlier_maps_of_the_same_scan_go_and_no_others(folder: Path) -> None:
+    """Without error bars, new maps must not find those of others beside them."""
+    root = folder.parent / "derivatives"
+    other = write_bids(folder, root, Entities("01", acquisition="a"), versions=VERSIONS)
+    write_bids(folder, root, Entities("01"), versions=VERSIONS)
+    for stem in ("T1_std", "m0s_std", "residual", "csf"):
+        for path in folder.glob(f"{stem}.*"):
+            path.unlink()
+    foreign = root / "sub-01" / "anat" / "sub-01_T1w.json"
+    foreign.write_text("{}")
+    new = write_bids(folder, root, Entities("01"), versions=VERSIONS, force=True)
+    images = set((root / "sub-01").rglob("*.nii.gz"))
+    assert images == {*new, *other}
+    assert not any("desc-std_T1map" in path.name for path in new)
+    sidecars = {path.name.replace(".nii.gz", ".json") for path in images}
+    assert {path.name for path in root.rglob("sub-01_*.json")} == {*sidecars, foreign.name}
+
+
 def test_other_units_and_folders_without_maps_are_refused(folder: Path) -> None:
     root = folder.parent / "derivatives"
     about = files.read_json(folder / "T1.json")

@@ -25,7 +25,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from fisherprint import cli, files
+from fisherprint import cli, files, sequence
+from fisherprint import experiment as stages
 from fisherprint.experiment import shipped
 from fisherprint.models import TwoPool
 from fisherprint.sequence import PulseTrain
@@ -99,6 +100,24 @@ def refused(*arguments: object) -> str:
     assert result.err.startswith("error: ")
     assert "Traceback" not in result.err
     return result.err
+
+
+def test_the_bundled_train_has_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = []
+    monkeypatch.setattr(stages, "train_page", lambda trains, _: pages.append(trains) or "page")
+    out = tmp_path / "page.html"
+    assert done("report", "bundled", "-o", out) == f"report: {out}\n"
+    ((label, train),) = pages[0].items()
+    assert (label, train.digest) == ("bundled", sequence.bundled().digest)
+
+
+def test_a_hand_written_experiment_in_its_run_folder_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_text('# keep me\ntitle = "mine"\n')
+    for title, kept in (("mine", True), ("other", False)):
+        run = stages.start(stages.Experiment(title=title, data=tmp_path), tmp_path)
+        assert stages.open_run(tmp_path).experiment.title == run.experiment.title == title
+        assert path.read_text().startswith("# keep me") == kept
 
 
 def short_train() -> PulseTrain:

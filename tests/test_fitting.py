@@ -22,6 +22,7 @@ import pytest
 from fisherprint import cli, error_bars, files, fit, maps
 from fisherprint import experiment as stages
 from fisherprint.experiment import Run, fit_inputs, fitting
+from fisherprint.network import as_estimator
 from fisherprint.sequence import PulseTrain
 
 RANK = 13
@@ -233,6 +234,58 @@ def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
     # One unknown more raises every bound; the estimates at which it is taken differ a little.
     assert np.nanmedian(free["m0s_std"] / by_value["m0s_std"]) > 1
     assert "B1" in free and "B1" not in by_map
+
+
+def test_a_known_map_in_another_unit_is_refused(run: Run, images: Path, tmp_path: Path) -> None:
+    true = nibabel.load(images.parent / "truth" / "B1.nii.gz")
+    percent = nibabel.Nifti1Image(100 * true.get_fdata(), true.affine)
+    nibabel.save(percent, tmp_path / "percent.nii.gz")
+    with pytest.raises(ValueError, match=r"range of the fit, 0.3 to 1.4; .* Is it in percent\?"):
+        fitted(run, images, tmp_path / "maps", known={"B1": tmp_path / "percent.nii.gz"})
+    assert not (tmp_path / "maps").exists()
+    # Some voxels beyond are voxels that fail.
+    values = true.get_fdata()
+    values[1, 1] = 3.0
+    nibabel.save(nibabel.Nifti1Image(values, true.affine), tmp_path / "some.nii.gz")
+    found = fitted(run, images, tmp_path / "maps", known={"B1": tmp_path / "some.nii.gz"})
+    assert np.isnan(found["T1"][1, 1]).all() and np.isfinite(found["T1"][2, 2]).all()
+
+
+def test_a_network_that_is_told_what_is_known_is_a_start(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    """With B1 known by value or by map it starts the fit; without, others do, and it is said."""
+    told = stages.vary(run, tmp_path / "told", ['training.inputs=["B1"]'])
+    stages.train_run(told, resume=False, say=silent, progress=silent)
+    network, _ = stages.load_network(told)
+    x = nibabel.load(images).get_fdata(dtype=np.complex64)[1:]
+    expected = as_estimator(network)(np.concatenate([x, np.full((*x.shape[:3], 1), B1)], -1))
+    seen = []
+
+    class Spy(fit.LeastSquares):
+        def fit(self, given, *, start, **options):
+            seen.append(start)
+            return super().fit(given, start=start, **options)
+
+    with mock.patch.object(fit, "LeastSquares", Spy):
+        for known in ({"B1": B1}, {"B1": images.parent / "truth" / "B1.nii.gz"}):
+            seen.clear()
+            fitted(
+                told, images, tmp_path / f"{len(known)}", start=None, known=known, overwrite=True
+            )
+            # The last voxels of the mask, in its order; single precision.
+            assert seen[-1].shape == (58, 1, 7)
+            np.testing.assert_allclose(
+                seen[-1][-50:, 0, 0], expected.reshape(-1, 3)[:, 0], rtol=1e-4
+            )
+        said: list[str] = []
+        stages.fit_run(
+            told, section(images), tmp_path / "without", say=said.append, progress=silent
+        )
+        assert "not started from the run's network, which must be told B1" in said
+        assert seen[-1].shape == (58, 4, 7)
+    with pytest.raises(stages.ExperimentError, match="expected a known B1, which"):
+        fitted(run, images, tmp_path / "other", start=told.folder, known={})
 
 
 def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) -> None:
@@ -506,7 +559,8 @@ def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--known", "B1"], "NAME=VALUE or NAME=MAP"),
+        (["--known", "B1"], "NAME=VALUE or NAME=FILE, once a name"),
+        (["--known", "B1=1", "--known", "B1=0.9"], "'B1=0.9'"),
         (["--known", "T9=1"], "unknown parameter 'T9'"),
         (["--known", "B1=7"], "expected B1 in [0.3, 1.4]; got 7"),
         (["--known", "B1=absent.nii"], "expected a file at absent.nii"),
@@ -517,7 +571,7 @@ def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) 
             ["--prior", "0", "--noise-std", "1"],
             "the width of the prior must be a positive finite number",
         ),
-        (["--noise-std", "-1"], "greater than 0"),
+        (["--noise-std", "-1"], "noise_std: Input should be greater than 0; got -1.0"),
         (["--scheduler", "tcp://nobody:1", "--workers", "1"], "drop one"),
     ],
 )

@@ -65,7 +65,7 @@ def test_pure_voxels_have_the_tissues_values(probabilities, tissue):
     expected = [getattr(TISSUES[tissue], name) for name in TISSUE_PARAMETERS]
     # Trilinear weights of equal values sum to 1 up to rounding in double precision.
     np.testing.assert_allclose(
-        brain.theta, np.broadcast_to(expected, (4, 4, 3, 7)), rtol=1e-12, atol=0
+        brain.theta, np.broadcast_to(expected, (4, 4, 3, 8)), rtol=1e-12, atol=0
     )
 
 

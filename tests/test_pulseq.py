@@ -482,6 +482,7 @@ def test_a_readout_time_is_kept(short_train):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"field_of_view": 2.5e-4}, r"field_of_view must lie .*; got 0.00025. Check its unit."),
         ({"field_of_view": 256}, r"field_of_view must lie within .* m; got 256. Is it in mm\?"),
         ({"max_gradient": 40}, r"max_gradient must lie within .*; got 40. Is it in mT/m\?"),
         ({"max_slew": 150e3}, r"max_slew must lie within .*; got 150000.0. Is it in mT/m/s\?"),
@@ -709,6 +710,22 @@ def test_command_line_rounds_durations_when_told_to(tmp_path, short_train):
     assert "durations rounded by up to 0.3 µs" in done(*arguments, "--round-durations")
     read = fp.PulseTrain.read(tmp_path / "a.seq")
     np.testing.assert_allclose(read.pulse_duration, short_train.pulse_duration, rtol=1e-6, atol=0)
+
+
+def test_a_repetition_time_in_ms_is_that_of_the_file(tmp_path, short_train):
+    """4.1 times 1e-3 is another number than 4.1e-3."""
+    fp.PulseTrain(short_train.flip_angle, short_train.pulse_duration, 4.1e-3).write(
+        tmp_path / "train.toml"
+    )
+    arguments = (
+        "export",
+        tmp_path / "train.toml",
+        "--pulseq",
+        tmp_path / "a.seq",
+        "--cycles",
+        "1",
+    )
+    done(*arguments, "--repetition-time", "4.1", "--round-durations")
 
 
 def test_command_line_refuses_wrong_units(tmp_path, short_train):

@@ -325,6 +325,19 @@ def test_a_readout_that_was_not_written_to_its_end_is_named(raw, tmp_path, name,
         files.read_kspace(path, files.Reading(n_pulses=5))
 
 
+@pytest.mark.parametrize("name", ["discard_pre", "discard_post"])
+def test_readouts_with_other_samples_to_discard_are_refused(raw, tmp_path, name):
+    path = tmp_path / "scan.h5"
+    _write_ismrmrd(path, *raw, 1.0)
+    with h5py.File(path, "r+") as file:
+        readouts = file["dataset/data"]
+        last = readouts[15]
+        last["head"][name] = 3
+        readouts[15] = last
+    with pytest.raises(ValueError, match=rf"readouts of one kind .*; got {name} of \[0, 3\]"):
+        files.read_kspace(path, files.Reading(n_pulses=5))
+
+
 def test_raw_data_that_cannot_be_read_say_why(raw, tmp_path):
     kspace, spokes = raw
     path = tmp_path / "scan.h5"
@@ -487,6 +500,48 @@ def test_one_prior_is_asked_for():
     for llr, l2, got in ((None, None, "none"), (0.1, 0.1, "both")):
         with pytest.raises(reconstructing.ReconstructionError, match=f"got {got}"):
             stages.Reconstruction(llr=llr, l2=l2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"llr": -1.0}, "λ must be zero or above; got -1"),
+        ({"l2": -1.0}, "λ must be zero or above; got -1"),
+        ({"llr": 0.1, "block": 0}, "at least one voxel; got 0"),
+        ({"llr": 0.1, "coils": 0}, "at least one coil; got 0"),
+        ({"llr": 0.1, "iterations": 0}, "at least one iteration; got 0"),
+    ],
+)
+def test_numbers_without_sense_are_refused_before_anything_starts(options, message):
+    with pytest.raises(ValueError, match=message):
+        stages.Reconstruction(**options)
+
+
+def test_what_cannot_be_written_or_resumed_is_refused_before_anything_starts(
+    run, scanned, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "read_kspace", None)
+    with pytest.raises(reconstructing.ReconstructionError, match="Change the suffix"):
+        _reconstruct(run, scanned, tmp_path / "images.CFL", iterations=1)
+    with pytest.raises(reconstructing.ReconstructionError, match="expected an interrupted"):
+        _reconstruct(run, scanned, tmp_path / "images.nii", iterations=1, resume=True)
+
+
+def test_images_that_cannot_be_written_are_not_lost(run, scanned, tmp_path, monkeypatch):
+    options = {"iterations": 2, "work": tmp_path / "work"}
+    whole = _reconstruct(run, scanned, tmp_path / "whole.nii", **options)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_coefficients", full)
+        with pytest.raises(OSError, match="No space"):
+            _reconstruct(run, scanned, tmp_path / "images.nii", **options)
+    lines = []
+    again = _reconstruct(run, scanned, tmp_path / "b.nii", resume=True, lines=lines, **options)
+    assert not any("residual" in line for line in lines)
+    np.testing.assert_array_equal(again, whole)
 
 
 def test_sensitivities_of_the_user_are_those_of_the_physical_coils(run, scanned, tmp_path):

@@ -43,6 +43,16 @@ def test_statistics_are_those_of_the_voxels_with_an_estimate():
             assert row.mean_error == pytest.approx(stdlib.fmean(bars), rel=1e-12)
 
 
+def test_an_error_bar_without_end_is_not_left_out():
+    maps, bars = {"T1": np.array([1.0, 2.0, np.nan])}, {"T1": np.array([0.1, np.inf, 0.3])}
+    (row,) = regions.statistics(maps, np.array([1, 1, 1]), errors=bars)
+    assert np.isinf(row.mean_error)
+    bars["T1"][1] = np.nan
+    (row,) = regions.statistics(maps, np.array([1, 1, 1]), errors=bars)
+    # That of a voxel without an estimate is.
+    assert row.mean_error == 0.1
+
+
 def test_a_region_of_one_voxel_has_no_spread():
     (row,) = regions.statistics({"T1": np.array([1.0, 2.0])}, np.array([0, 7]))
     assert (row.label, row.voxels, row.median, row.mean) == (7, 1, 2.0, 2.0)

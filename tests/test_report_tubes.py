@@ -54,6 +54,12 @@ def test_boxes_are_quartiles_in_displayed_units_beside_the_truth():
                 assert line[0, 0] < box[:, 0].min() and box[:, 0].max() < line[1, 0]
 
 
+def test_more_estimators_than_colours_are_refused():
+    many = {f"{n}": tubes().estimates["network"] for n in range(6)}
+    with pytest.raises(ValueError, match="at most 5 estimators in a figure; got 0, 1, 2, 3, 4, 5"):
+        tube_boxes(tubes(estimates=many))
+
+
 def test_numbers_are_those_of_the_voxels_with_an_estimate():
     found = tubes()
     rows = [dict(zip(TUBE_COLUMNS, row, strict=True)) for row in tube_numbers(found)]

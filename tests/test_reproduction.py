@@ -521,6 +521,8 @@ def test_histograms_of_both_networks_share_their_bins(audits: dict[str, Audit]) 
         assert steps["one"].edges[0] <= ideal <= steps["one"].edges[-1]
         colours = [to_hex(patch.get_edgecolor()) for patch in axes.patches]
         assert len(set(colours)) == 2
+        with pytest.raises(ValueError, match="at most 3 networks in a figure; got one, two, 3, 4"):
+            draw(audits | {"3": audits["one"], "4": audits["one"]}, [M0S], snr=50)
     assert "0.894" in axes.get_title()  # √0.8
 
 

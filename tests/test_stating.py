@@ -128,6 +128,19 @@ def test_in_place_and_away_again(folder: Path) -> None:
     }
 
 
+def test_an_error_bar_without_end_stays_one(folder: Path, tmp_path: Path) -> None:
+    path = folder / "T1_std.nii.gz"
+    values = nibabel.load(path).get_fdata()
+    values[1, 1, 1] = np.inf
+    nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), AFFINE), path)
+    files.convert_maps(folder, tmp_path / "ms", {"T1": "ms"})
+    new = image(tmp_path / "ms", "T1_std")
+    assert np.isinf(new[1, 1, 1]) and np.isnan(new[0, 0, 0]) and np.isfinite(new[2, 1, 1])
+    with pytest.raises(ValueError, match="expected a folder outside of"):
+        files.convert_maps(folder, folder / "new" / "ms", {"T1": "ms"})
+    assert not (folder / "new").exists()
+
+
 def test_an_estimate_of_one_has_no_ratio(folder: Path) -> None:
     m0s = nibabel.load(folder / "m0s.nii.gz")
     values = m0s.get_fdata()

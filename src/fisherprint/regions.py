@@ -26,7 +26,8 @@ class RegionStatistics:
         upper_quartile: a quarter is above.
         mean: arithmetic.
         sd: standard deviation over the voxels, of n - 1 degrees of freedom; NaN for a single one.
-        mean_error: mean of the error bars, which noise alone would make `sd`; NaN without any.
+        mean_error: mean of the error bars, infinite where the signal tells nothing of a voxel;
+            NaN without any. Where all are alike, noise alone would make this `sd`.
     """
 
     label: int
@@ -106,8 +107,8 @@ def _statistics(
     estimated = np.isfinite(values)
     used = values[estimated]
     quartiles = np.percentile(used, (25, 50, 75)) if len(used) else np.full(3, np.nan)
-    bars = np.empty(0) if errors is None else np.asarray(errors[inside], dtype=np.float64)
-    bars = bars[np.isfinite(bars)]
+    bars = used[:0] if errors is None else np.asarray(errors[inside][estimated], dtype=np.float64)
+    bars = bars[~np.isnan(bars)]
     return RegionStatistics(
         label=label,
         region=region,

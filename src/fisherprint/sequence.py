@@ -179,7 +179,8 @@ class PulseTrain:
         time = _agreed("repetition time", own_time, repetition_time, path)
         if time is None:
             raise ValueError(
-                f"{path} holds no repetition time. Give one: repetition_time=3.5e-3 (in s)."
+                f"{path} holds no repetition time. Give one: repetition_time in s, or "
+                "--repetition-time in ms."
             )
         kind = _agreed("inversion", own_inversion, inversion, path)
         increment = _agreed("phase increment", own_increment, phase_increment, path)

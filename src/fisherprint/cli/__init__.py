@@ -31,6 +31,13 @@ def main() -> None:
             raise
         # A KeyError shows its message as a literal.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        # Imported on demand: it takes a while.
+        from pydantic import ValidationError
+
+        if isinstance(error, ValidationError):
+            from fisherprint.experiment.schema import explained
+
+            message = explained(error)
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -174,7 +174,8 @@ def report(
     from fisherprint import experiment as stages
     from fisherprint import files
 
-    if source.is_dir() or source.suffix not in stages.TRAIN_SUFFIXES:
+    is_train = source == Path(stages.BUNDLED) or source.suffix.lower() in stages.TRAIN_SUFFIXES
+    if source.is_dir() or not is_train:
         of_a_train = (output, compare, repetition_time, parameters, snr, scan_time)
         if any(option is not None for option in of_a_train):
             raise typer.BadParameter("the options are for the page of a train; got a run folder.")

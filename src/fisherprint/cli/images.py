@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +13,12 @@ from fisherprint.cli.shell import (
     Units,
     Workers,
     app,
+    named,
     shown,
     source_of,
-    units_of,
 )
+
+_KNOWN, _FIXED = "--known NAME=FILE", "--known NAME=VALUE or NAME=FILE"
 
 
 # Options enough for a screen: two lines of help are one paragraph.
@@ -80,7 +81,7 @@ def map_(
         noise_std=noise_std,
         precision=precision,
         errors=not no_errors,
-        known=_known_maps(known or []),
+        known={name: Path(word) for name, word in named(known or (), _KNOWN).items()},
     )
     with shown() as display:
         stages.map_run(
@@ -89,7 +90,7 @@ def map_(
             output,
             force=force,
             overwrite=overwrite,
-            stated=units_of(stated or ()),
+            stated=named(stated or ()),
             say=display.say,
             progress=display.progress,
         )
@@ -142,11 +143,11 @@ def fit(
             stages.open_run(run),
             section,
             output,
-            known=dict(_fixed(word) for word in known or ()),
+            known={name: _fixed(word) for name, word in named(known or (), _FIXED).items()},
             start=None if start is None else int(start) if start.isdigit() else Path(start),
             prior=prior,
             overwrite=overwrite,
-            stated=units_of(stated or ()),
+            stated=named(stated or ()),
             executor=pool.executor,
             n_workers=pool.number,
             dry_run=dry_run,
@@ -157,27 +158,12 @@ def fit(
             display.say(f"maps: {output}")
 
 
-def _fixed(word: str) -> tuple[str, float | Path]:
-    """NAME=VALUE or NAME=FILE."""
-    name, equals, value = word.partition("=")
-    if not (name and equals and value):
-        raise typer.BadParameter(f"--known takes NAME=VALUE or NAME=MAP; got {word!r}.")
+def _fixed(word: str) -> float | Path:
+    """A value, or the file of a map."""
     try:
-        return name, float(value)
+        return float(word)
     except ValueError:
-        return name, Path(value)
-
-
-def _known_maps(given: Sequence[str]) -> dict[str, Path]:
-    known: dict[str, Path] = {}
-    for word in given:
-        name, equals, path = word.partition("=")
-        if not (name and equals and path) or name in known:
-            raise typer.BadParameter(
-                f"expected --known NAME=FILE, each name once; got {word!r}. Such as: B1=b1.nii.gz"
-            )
-        known[name] = Path(path)
-    return known
+        return Path(word)
 
 
 @app.command()
@@ -261,7 +247,7 @@ def convert(
     """
     from fisherprint import files
 
-    for path in files.convert_maps(maps, output, units_of(ways)):
+    for path in files.convert_maps(maps, output, named(ways)):
         typer.echo(f"written: {path}")
 
 
@@ -353,9 +339,12 @@ def reconstruct_(
 
     if not (force or resume):
         stages.require_absent(output)
-    voxels = None if matrix is None else tuple(int(n) for n in matrix.split(","))
-    if voxels is not None and len(voxels) != 3:
-        raise typer.BadParameter(f"--matrix takes three numbers, N0,N1,N2; got {matrix}.")
+    voxels = None
+    if matrix is not None:
+        parts = matrix.split(",")
+        if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+            raise typer.BadParameter(f"--matrix takes three numbers, N0,N1,N2; got {matrix}.")
+        voxels = int(parts[0]), int(parts[1]), int(parts[2])
     wanted = stages.Reconstruction(llr, l2, block, iterations, coils, sensitivities, memory)
     with stages.workers(None, scheduler) as pool, shown() as display:
         stages.reconstruct_run(

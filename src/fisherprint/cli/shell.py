@@ -153,22 +153,22 @@ def source_of(run: Path | None, model: str | None, option: str = "--run") -> Run
     raise typer.BadParameter(f"expected {option} or --model; got both or neither. Name one.")
 
 
-def units_of(words: Sequence[str]) -> dict[str, str]:
-    """NAME=UNIT each."""
-    stated = {}
+def named(words: Sequence[str], form: str = "NAME=UNIT") -> dict[str, str]:
+    """What stands behind each name."""
+    found = {}
     for word in words:
-        name, equals, unit = word.partition("=")
-        if not (name and equals and unit) or name in stated:
-            raise typer.BadParameter(f"expected NAME=UNIT, once a name; got {word!r}.")
-        stated[name] = unit
-    return stated
+        name, equals, value = word.partition("=")
+        if not (name and equals and value) or name in found:
+            raise typer.BadParameter(f"expected {form}, once a name; got {word!r}.")
+        found[name] = value
+    return found
 
 
 def read_trains(paths: Sequence[Path], milliseconds: float | None) -> dict[str, PulseTrain]:
     """Trains by their labels; a repetition time in ms for the files that have none."""
     from fisherprint import experiment as stages
 
-    time = None if milliseconds is None else milliseconds * 1e-3
+    time = None if milliseconds is None else milliseconds / 1e3
     return stages.read_trains(paths, repetition_time=time)
 
 

@@ -142,7 +142,7 @@ def _print_bounds(table: BoundTable) -> None:
 @app.command()
 def export(
     train: Annotated[
-        Path, typer.Argument(metavar="TRAIN", help="Pulse train: .toml, .h5, .mat or .seq.")
+        Path, typer.Argument(metavar="TRAIN", help="Pulse train: a file, or bundled.")
     ],
     pulseq: Annotated[
         Path, typer.Option("--pulseq", metavar="OUT.seq", help="Pulseq file to write.")
@@ -165,7 +165,6 @@ def export(
     """
     from fisherprint import files
     from fisherprint import pulseq as scanner
-    from fisherprint.sequence import PulseTrain
 
     beside = scanner.trajectory_path(pulseq)
     for product in (pulseq, beside):
@@ -181,8 +180,7 @@ def export(
         max_slew=max_slew,
         rf_raster=rf_raster * 1e-6,
     )
-    repetition = None if repetition_time is None else repetition_time * 1e-3
-    wanted = PulseTrain.read(train, repetition_time=repetition)
+    (wanted,) = read_trains([train], repetition_time).values()
     with shown() as display:
         if round_durations:
             rounded = scanner.on_raster(wanted, scan.rf_raster)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fisherprint import _checks, _storage, files, maps, train
 from fisherprint.experiment import mapping
 from fisherprint.experiment.folder import Run, Say, open_run
+from fisherprint.experiment.known import read_known
 from fisherprint.experiment.schema import ExperimentError, MapSection
 from fisherprint.models.protocol import SignalModel
 from fisherprint.network import as_estimator
@@ -83,17 +84,20 @@ def read_voxels(
     section: MapSection,
     basis: Basis,
     known: Mapping[str, float | Path],
+    bounds: Mapping[str, tuple[float, float]],
     start: int | Path | None,
+    say: Say,
 ) -> Voxels:
     """The voxels of the mask, with known maps and with what there is to start from."""
-    for name in known:
-        model.index(name)
+    described = {name: model.parameters[model.index(name)] for name in known}
     x = volume.data[mask]
-    fixed = {
-        name: files.read_map(value, mask.shape, name=name)[mask]
-        for name, value in known.items()
-        if isinstance(value, Path)
-    }
+    paths = {name: value for name, value in known.items() if isinstance(value, Path)}
+    read = read_known(
+        paths, [described[name] for name in paths], bounds, mask, whose="of the fit", say=say
+    )[mask]
+    fixed = dict(zip(paths, read.T, strict=True))
+    values = {name: value for name, value in known.items() if not isinstance(value, Path)}
+    told = {name: np.full(len(x), value) for name, value in values.items()} | fixed
     estimates: dict[str, NDArray[np.float64]] = {}
     if isinstance(start, Path) and not (start / "experiment.toml").exists():
         names = [name for name in model.names if (start / f"{name}.nii.gz").exists()]
@@ -102,18 +106,26 @@ def read_voxels(
                 f"expected maps of {', '.join(model.names)} to start from in {start}; there is "
                 "none. Map the images first, or give a number of starts."
             )
-        read = files.read_maps(start, names).maps.values
-        _require_same_space(read.shape[:3], mask.shape, start)
-        estimates = {name: read[..., e][mask] for e, name in enumerate(names)}
+        earlier = files.read_maps(start, names).maps.values
+        _require_same_space(earlier.shape[:3], mask.shape, start)
+        estimates = {name: earlier[..., e][mask] for e, name in enumerate(names)}
     elif isinstance(start, Path):
-        estimates = _network_estimates(open_run(start), x, section, basis)
+        estimates = _network_estimates(open_run(start), x, told, section, basis)
     elif start is None and (run.network / "card.json").exists():
-        estimates = _network_estimates(run, x, section, basis)
+        unknown = [n for n in run.experiment.training.inputs if n not in told]
+        if unknown:
+            say(f"not started from the run's network, which must be told {', '.join(unknown)}")
+        else:
+            estimates = _network_estimates(run, x, told, section, basis)
     return Voxels(x, fixed, estimates)
 
 
 def _network_estimates(
-    run: Run, x: NDArray[np.complex64], section: MapSection, basis: Basis
+    run: Run,
+    x: NDArray[np.complex64],
+    told: Mapping[str, NDArray[np.float64]],
+    section: MapSection,
+    basis: Basis,
 ) -> dict[str, NDArray[np.float64]]:
     """What a run's network makes of the voxels."""
     network, card = mapping.load_network(run)
@@ -129,10 +141,17 @@ def _network_estimates(
             f"expected the noise_std of the images, which {run.network} takes beside them; got "
             "none. Measure it in a region without signal, or give a number of starts."
         )
-    given: NDArray[np.complexfloating] = x
-    if section.noise_std is not None and config.snr_input:
-        extra = train.extra_inputs(config, x, np.empty(0), noise_std=section.noise_std)
-        given = np.concatenate([x, extra], axis=-1)
+    unknown = [name for name in config.inputs if name not in told]
+    if unknown:
+        raise ExperimentError(
+            f"expected a known {', '.join(unknown)}, which {run.network} takes beside the images; "
+            "got none. Give it with --known, or give a number of starts."
+        )
+    inputs = np.stack([told[name] for name in config.inputs], 1) if config.inputs else np.empty(0)
+    # Where σ is not given, nothing looks at it.
+    noise_std = np.nan if section.noise_std is None else section.noise_std
+    extra = train.extra_inputs(config, x, inputs, noise_std=noise_std)
+    given: NDArray[np.complexfloating] = np.concatenate([x, extra.astype(x.real.dtype)], axis=-1)
     names = tuple(card["estimated"])
     found = maps.estimate_maps(
         given, as_estimator(network), names, mask=np.ones(len(x), dtype=np.bool_)

@@ -120,7 +120,11 @@ def fit_run(
         )
     data, pulses, model = read_data(run)
     volume, mask, basis_of_images = read_images(section, data, pulses, say)
-    voxels = read_voxels(run, volume, mask, model, section, data.basis, known or {}, start)
+    from_prior = prior_of(run, model, pulses)
+    bounds = bounds_of(from_prior, model)
+    voxels = read_voxels(
+        run, volume, mask, model, section, data.basis, known or {}, bounds, start, say
+    )
     values = {n: v for n, v in (known or {}).items() if not isinstance(v, Path)}
     n_starts = start if isinstance(start, int) else 1 if voxels.start else _STARTS
     if n_starts < 1:
@@ -130,14 +134,13 @@ def fit_run(
     noise_std = section.noise_std
     if noise_std is None and prior is not None:
         noise_std = error_bars.noise_of_background(volume.data, mask)
-    from_prior = prior_of(run, model, pulses)
     estimator = fit.LeastSquares(
         model,
         data.basis,
         start=np.zeros(len(model.names)),
         known=values,
         inputs=tuple(voxels.known),
-        bounds=bounds_of(from_prior, model),
+        bounds=bounds,
         prior=normals_of(from_prior, prior, unknown=set(model.names) - set(known or {})),
         noise_std=noise_std,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,10 @@ def start(experiment: Experiment, folder: Path, *, force: bool = False) -> Run:
                 "the run with --force."
             )
         return open_run(folder)
+    with contextlib.suppress(ExperimentError, files.UnreadableFileError):
+        if _asked_for(read(path)) == _asked_for(experiment):
+            # Perhaps written by hand, in other words.
+            return run
     files.write_toml(path, experiment.model_dump(mode="json", exclude_none=True))
     return run
 
@@ -140,8 +145,7 @@ def require_absent(product: Path, *, replaced: str = "it") -> None:
     """
     if product.exists():
         raise files.OutputExistsError(
-            f"{product} is already there. Choose another run folder, or replace {replaced} with "
-            "--force."
+            f"{product} is already there. Choose another name, or replace {replaced} with --force."
         )
 
 

@@ -31,6 +31,7 @@ def read_known(
     ranges: Mapping[str, Sequence[float]],
     mask: NDArray[np.bool_],
     *,
+    whose: str = "of the training",
     say: Callable[[str], None],
 ) -> NDArray[np.float64]:
     """The known maps behind each other, NaN where a network must not be asked.
@@ -42,8 +43,9 @@ def read_known(
         paths: file of each parameter's map, in SI units; in `.mat` and HDF5 its array has the
             parameter's name.
         parameters: n of them, in the order in which the network is told.
-        ranges: least and largest value in the training, by name.
+        ranges: least and largest value in the training, or that a fit may take, by name.
         mask: of the images, shape (X, Y, Z).
+        whose: range it is, for people.
         say: told the quartiles of each map, with the unit that they are taken to have, and how
             many voxels are lost.
 
@@ -73,7 +75,7 @@ def read_known(
         allowed = f"{low:.4g} to {high:.4g}{unit}"
         if beyond[mask].sum() > _MOST_OUTSIDE * inside.size:
             raise ValueError(
-                f"expected {parameter.name} in the range of the training, {allowed}; {path} has "
+                f"expected {parameter.name} in the range {whose}, {allowed}; {path} has "
                 f"{found}. {_SUSPECTS.get(parameter.unit, 'Check its unit.')}"
             )
         say(f"known {parameter.name}: {found}")
@@ -82,6 +84,6 @@ def read_known(
         if lost:
             say(
                 f"no estimate in {lost} voxels whose {parameter.name} is unknown or beyond the "
-                f"range of the training, {allowed}"
+                f"range {whose}, {allowed}"
             )
     return known

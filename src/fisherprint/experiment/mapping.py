@@ -187,6 +187,8 @@ def map_run(
         noise_std = np.nan if section.noise_std is None else section.noise_std
         extra = train.extra_inputs(config, images, known, noise_std=noise_std)
         images = np.concatenate([images, extra.astype(images.real.dtype)], axis=-1)
+    # A place where nothing can be written is found now.
+    out.mkdir(parents=True, exist_ok=True)
     precision = section.precision or inference.fastest()
     result = maps.estimate_maps(
         images,

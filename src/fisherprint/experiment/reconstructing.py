@@ -68,10 +68,16 @@ class Reconstruction:
                 "expected λ of one prior, --llr λ or --l2 λ; got "
                 f"{'none' if self.llr is None else 'both'}. Begin with --llr 1e-4."
             )
-        if self.iterations < 1:
-            raise ReconstructionError(
-                f"expected at least one iteration; got {self.iterations}. 30 is usual."
-            )
+        for what, number, usual in (("iteration", self.iterations, 30), ("coil", self.coils, 20)):
+            if number < 1:
+                raise ReconstructionError(
+                    f"expected at least one {what}; got {number}. {usual} is usual."
+                )
+        # What both check themselves, hours later.
+        if self.llr is not None:
+            lowrank.LocallyLowRank(self.llr, self.block)
+        elif self.l2 is not None:
+            solve.require_weight(self.l2)
 
     @property
     def name(self) -> str:
@@ -140,9 +146,15 @@ def reconstruct_run(
         DivergenceError: the iterations run away; the last good images are written.
         KeyboardInterrupt: the last images are written, and `resume` goes on from them.
     """
-    if not output.name.lower().endswith((".nii", ".nii.gz", ".cfl")):
+    if not output.name.endswith((".nii", ".nii.gz", ".cfl")):
         raise ReconstructionError(
             f"expected images as .nii.gz, .nii or .cfl; got {output}. Change the suffix."
+        )
+    folder = work or output.with_name(output.name + ".work")
+    saved = folder / "state.h5"
+    if resume and not saved.is_file():
+        raise ReconstructionError(
+            f"expected an interrupted reconstruction; {folder} has none. Leave out --resume."
         )
     basis, _ = basis_and_model(source)
     reading = reading or files.Reading()
@@ -154,7 +166,6 @@ def reconstruct_run(
         say(note)
     sampling = _sampling(raw, basis, say)
     _require_memory(sampling, raw, wanted, say)
-    folder = work or output.with_name(output.name + ".work")
     folder.mkdir(parents=True, exist_ok=True)
     prepared = _prepared(
         sampling, raw, _identity(data, sampling, wanted), wanted, folder, progress
@@ -171,7 +182,6 @@ def reconstruct_run(
         level = sampling.noise_gain / prepared.scale
         say(f"λ that takes away the noise of these data: {level:.2g}; given: {wanted.llr:g}")
     identity = f"{_storage.digest(prepared.right)} {wanted.name}"
-    saved = folder / "state.h5"
     start, step = _read_state(saved, identity) if resume else (None, None)
     if wanted.llr is not None and step is None:
         step = solve.STEP / solve.largest_eigenvalue(normal, prepared.right, progress=progress)
@@ -203,7 +213,12 @@ def reconstruct_run(
         raise
     if state is None:
         raise ReconstructionError("expected data that are not zero; nothing was iterated.")
-    _write(output, state.images * np.float32(prepared.scale), raw, basis)
+    try:
+        _write(output, state.images * np.float32(prepared.scale), raw, basis)
+    except OSError:
+        # A full disk, say: --resume writes again, to another OUTPUT with the same --work.
+        _write_state(saved, state, step, identity)
+        raise
     saved.unlink(missing_ok=True)
     if work is None:
         shutil.rmtree(folder)
@@ -346,10 +361,6 @@ def _write_state(path: Path, state: solve.State, step: float | None, identity: s
 
 
 def _read_state(path: Path, identity: str) -> tuple[solve.State, float | None]:
-    if not path.is_file():
-        raise ReconstructionError(
-            f"expected an interrupted reconstruction; {path.parent} has none. Leave out --resume."
-        )
     with _storage.open_hdf5(path) as file:
         if file.attrs["identity"] != identity:
             raise ReconstructionError(

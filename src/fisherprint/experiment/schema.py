@@ -199,7 +199,7 @@ class MapSection(Table):
 class BrainSection(Table):
     """The digital brain, from the tissue maps that ship with nilearn."""
 
-    snr: float = Field(50.0, gt=0, description="SNRmax where |M0| = 1")
+    snr: Positive = Field(50.0, description="SNRmax where |M0| = 1")
     voxel_size: Positive = Field(2.0, description="mm")
     errors: bool = Field(False, description="error bars as well, which take longer than the maps")
     seed: int = Field(2, ge=0)

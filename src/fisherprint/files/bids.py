@@ -117,7 +117,7 @@ def write_bids(
         entities: of the images.
         sources: what they were made from, as BIDS URIs or paths; else what the sidecars say.
         versions: of the packages, `fisherprint` among them.
-        force: replace images of these entities.
+        force: replace the maps of these entities, all that this package wrote.
 
     Returns:
         The images' paths.
@@ -142,6 +142,8 @@ def write_bids(
                 f"expected no images of {entities.stem} in {root}; there is {target.name}. "
                 "Give another run or acquisition, or replace them with --force."
             )
+    if force:
+        _remove(root, entities)
     write_json(root / "dataset_description.json", description)
     _ignore(root, sorted({f"*_{image.name}.*" for image in images if not image.official}))
     for image, target in zip(images, targets, strict=True):
@@ -152,6 +154,18 @@ def write_bids(
             _sidecar(image, sources),
         )
     return targets
+
+
+def _remove(root: Path, entities: Entities) -> None:
+    """Remove earlier maps of these entities: others may have other names, or no error bars."""
+    # What has more entities than these is another scan's.
+    name = re.compile(rf"{entities.stem}_(desc-[0-9a-zA-Z]+_|label-(WM|CSF)_)?[0-9a-zA-Z]+\.json")
+    for sidecar in root.joinpath(entities.folder).glob("*/*.json"):
+        if name.fullmatch(sidecar.name) and (
+            "Fisherprint" in read_json(sidecar) or sidecar.stem.endswith("_mask")
+        ):
+            sidecar.with_suffix(".nii.gz").unlink(missing_ok=True)
+            sidecar.unlink()
 
 
 def _planned(source: Path, about: Mapping[str, Any]) -> _Image:

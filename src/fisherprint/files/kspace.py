@@ -244,7 +244,10 @@ def _read_ismrmrd(group: h5py.Group, path: Path, reading: Reading) -> RawData:
     first = head[used[0]]
     n_coils, n_all = int(first["active_channels"]), int(first["number_of_samples"])
     pre, post = int(first["discard_pre"]), int(first["discard_post"])
-    same = ("active_channels", "number_of_samples", "trajectory_dimensions")
+    same = (
+        *("active_channels", "number_of_samples", "trajectory_dimensions"),
+        *("discard_pre", "discard_post"),
+    )
     for name in same:
         if (head[name][used] != first[name]).any():
             raise ValueError(

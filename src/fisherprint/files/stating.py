@@ -89,11 +89,14 @@ def state_maps(folder: str | Path, stated: Mapping[str, str]) -> list[Path]:
         values = read_maps(folder, stems).maps.values
         # An estimate of m0s may be 1, which has no ratio.
         with np.errstate(divide="ignore", invalid="ignore"):
-            converted = [way.forward(values[..., 0])]
+            estimate = way.forward(values[..., 0])
+            estimate[~np.isfinite(estimate)] = np.nan
+            converted = [estimate]
             if len(stems) > 1:
-                converted.append(np.abs(way.slope(values[..., 0])) * values[..., 1])
+                # Infinite where the signal tells nothing.
+                error = np.abs(way.slope(values[..., 0])) * values[..., 1]
+                converted.append(np.where(np.isnan(estimate), np.nan, error))
         for stem, new in zip(stems, converted, strict=True):
-            new[~np.isfinite(new)] = np.nan
             about = _stated(found[stem], way, new)
             written.append(
                 _replace(folder, stem, stem.replace(name, way.parameter.name), new, about)
@@ -106,12 +109,15 @@ def convert_maps(folder: str | Path, out: str | Path, stated: Mapping[str, str])
 
     Raises:
         OutputExistsError: `out` is there.
+        ValueError: `out` is inside of the folder.
         UnreadableFileError, KeyError, ValueError: as for `state_maps`; there is no `out` then.
     """
     out = Path(out)
     if out.exists():
         raise OutputExistsError(f"{out} is already there. Choose another folder, or remove it.")
     described_maps(folder)
+    if out.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"expected a folder outside of {folder}; got {out}. Choose another one.")
     partial = out.with_name(f".part-{out.name}")
     shutil.rmtree(partial, ignore_errors=True)
     try:

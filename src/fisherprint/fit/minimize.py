@@ -36,11 +36,6 @@ class Reason(IntEnum):
         """Whether the estimate is a minimum."""
         return self <= Reason.COST
 
-    @property
-    def has_estimate(self) -> bool:
-        """Whether there is an estimate at all."""
-        return self <= Reason.ITERATIONS
-
 
 class Local(NamedTuple):
     """Sums of squares ½‖r‖² of n residuals at a point each, J their Jacobians.

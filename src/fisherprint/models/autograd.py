@@ -61,7 +61,8 @@ class TorchModel(Named):
                 "Give each of them once."
             )
         # The number of samples does not depend on where the function is asked.
-        self.n_samples = len(self._one(torch.tensor([_inside(p.bounds) for p in parameters])))
+        inside = [_inside(parameter.bounds) for parameter in parameters]
+        self.n_samples = len(self._one(torch.tensor(inside, dtype=torch.float64)))
 
     def simulate(self, theta: ArrayLike) -> Fingerprints:
         """Signals and exact derivatives for M0 = 1.

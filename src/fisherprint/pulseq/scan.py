@@ -397,5 +397,6 @@ def _ms(rasters: float) -> str:
 def _within(name: str, value: float, low: float, high: float, unit: str, hint: str) -> None:
     if not low <= value <= high:  # NaN included
         raise ValueError(
-            f"{name} must lie within {low:g} and {high:g} {unit}; got {value}. {hint}"
+            f"{name} must lie within {low:g} and {high:g} {unit}; got {value}. "
+            f"{hint if value > high else 'Check its unit.'}"
         )

@@ -144,6 +144,9 @@ class DigitalBrain:
     affine: NDArray[np.float64]
 
 
+# Points along an edge of a voxel that its shares of the tissues are the mean of.
+_MOST_POINTS = 8
+
 Box = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 # All of the head in-plane; in z from the pallidum's lower edge to above the lateral ventricles.
@@ -220,7 +223,7 @@ def _tissue_fractions(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Shares of the tissues (X, Y, Z, tissues) and of the hull: means over points in a voxel."""
     source_size = np.linalg.norm(tissue_maps.affine[:3, :3], axis=0).min()
-    n_points = max(1, int(np.ceil(affine[0, 0] / source_size)))
+    n_points = min(max(1, int(np.ceil(affine[0, 0] / source_size))), _MOST_POINTS)
     images = [
         image.astype(np.float32)
         for image in (tissue_maps.grey, tissue_maps.white, tissue_maps.brain)

@@ -77,8 +77,7 @@ def conjugate_gradients(
         ValueError: λ below zero; b zero or not finite.
         DivergenceError: the operator is not positive, or the residual grows tenfold.
     """
-    if not (math.isfinite(l2) and l2 >= 0):
-        raise ValueError(f"λ must be zero or above; got {l2}. Zero regularizes nothing.")
+    require_weight(l2)
     scale = _require_signal(right)
     state = start or State(0, np.zeros_like(right), 1.0, right, right)
     if state.remainder is None:
@@ -207,6 +206,12 @@ def scaling(images: NDArray[np.complex64]) -> float:
     magnitude.partition((half, most))
     median, p90, highest = magnitude[half], magnitude[most], magnitude.max()
     return float(p90 if highest - p90 < 2 * (p90 - median) else highest)
+
+
+def require_weight(l2: float) -> None:
+    """ValueError unless λ of λ‖x‖² is zero or above."""
+    if not (math.isfinite(l2) and l2 >= 0):
+        raise ValueError(f"λ must be zero or above; got {l2}. Zero regularizes nothing.")
 
 
 def _require_signal(images: Images) -> float:

@@ -6,9 +6,9 @@ what the figure shows. Networks come by the label that stands in the legend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import matplotlib
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fisherprint.train import Epoch
 
 Floats = NDArray[np.float64]
+_Each = TypeVar("_Each")
 
 # Not the colours of bias and variance; distinct in lightness and by the line as well.
 _NETWORKS: tuple[dict[str, Any], ...] = (
@@ -37,6 +38,19 @@ _NETWORKS: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "linestyle": "-."},
 )
 _KINDS = {"bias": "bias", "std": "standard deviation"}
+
+
+def _styled(networks: Mapping[str, _Each]) -> Iterator[tuple[str, _Each, dict[str, Any]]]:
+    """Each with its label and its style; ValueError if there are more of them than styles."""
+    if len(networks) > len(_NETWORKS):
+        raise ValueError(
+            f"expected at most {len(_NETWORKS)} networks in a figure; got "
+            f"{_checks.listing(networks)}. Draw another figure for the others."
+        )
+    return (
+        (label, each, style)
+        for (label, each), style in zip(networks.items(), _NETWORKS, strict=False)
+    )
 
 
 def convergences(logs: Mapping[str, Sequence[Epoch | Mapping[str, Any]]]) -> Figure:
@@ -230,7 +244,7 @@ def bound_shares_of_networks(
     )
     cells = figure.subplots(2, len(parameters), squeeze=False, sharex="col", sharey="row")
     for column, parameter in zip(cells.T, parameters, strict=True):
-        for (label, audit), style in zip(audits.items(), _NETWORKS, strict=False):
+        for label, audit, style in _styled(audits):
             bound, shares = figures.binned_shares(audit, parameter, snr=snr)
             for axes, values in zip(column, shares, strict=True):
                 axes.plot(bound, values, label=label, marker="o", markersize=4, **style)
@@ -332,7 +346,7 @@ def _histograms(
     low, high = min(low, ideal), max(high, ideal)
     edges = np.linspace(low, high, 61) if low < high else np.linspace(low - 0.5, high + 0.5, 61)
     lines = []
-    for (label, each), style in zip(finite.items(), _NETWORKS, strict=False):
+    for label, each, style in _styled(finite):
         counts, _ = np.histogram(each, edges)
         axes.stairs(counts, edges, label=label, linewidth=1.5, **style)
         outside = len(each) - int(counts.sum())

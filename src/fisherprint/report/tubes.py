@@ -70,6 +70,11 @@ def tube_boxes(found: TubeEstimates) -> Figure:
     Boxes are quartiles with the median, whiskers the 5th and 95th percentile. Numbers are in the
     parameters' displayed units.
     """
+    if len(found.estimates) > len(_COLORS):
+        raise ValueError(
+            f"expected at most {len(_COLORS)} estimators in a figure; got "
+            f"{_checks.listing(found.estimates)}. Draw another figure for the others."
+        )
     n_panels = len(found.parameters)
     figure = Figure((PAGE_WIDTH, 0.8 + 2.4 * n_panels), layout="constrained")
     figure.set_label("Boxes of estimates in the tubes of a phantom, by estimator")
