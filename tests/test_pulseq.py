@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pypulseq
 import pytest
+import scipy.io
 from blochsim.simulators import TrueFISPSimulator
 from scipy.linalg import expm
 from test_cli import call, done, refused
@@ -20,6 +21,7 @@ from test_cli import call, done, refused
 import fisherprint as fp
 from fisherprint import pulseq
 from fisherprint._storage import UnreadableFileError
+from fisherprint.cli import shell
 from fisherprint.models import SinglePool
 from fisherprint.pulseq import Scan
 from fisherprint.reconstruct.trajectory import koosh_ball
@@ -714,18 +716,11 @@ def test_command_line_rounds_durations_when_told_to(tmp_path, short_train):
 
 def test_a_repetition_time_in_ms_is_that_of_the_file(tmp_path, short_train):
     """4.1 times 1e-3 is another number than 4.1e-3."""
-    fp.PulseTrain(short_train.flip_angle, short_train.pulse_duration, 4.1e-3).write(
-        tmp_path / "train.toml"
-    )
-    arguments = (
-        "export",
-        tmp_path / "train.toml",
-        "--pulseq",
-        tmp_path / "a.seq",
-        "--cycles",
-        "1",
-    )
-    done(*arguments, "--repetition-time", "4.1", "--round-durations")
+    angle, duration = short_train.flip_angle, short_train.pulse_duration
+    fp.PulseTrain(angle, duration, 4.1e-3).write(tmp_path / "train.toml")
+    scipy.io.savemat(tmp_path / "train.mat", {"alpha": angle, "TRF": duration})
+    (of_mat,) = shell.read_trains([tmp_path / "train.mat"], 4.1).values()
+    assert of_mat.digest == fp.PulseTrain.read(tmp_path / "train.toml").digest
 
 
 def test_command_line_refuses_wrong_units(tmp_path, short_train):
