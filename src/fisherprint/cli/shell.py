@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -168,7 +169,8 @@ def read_trains(paths: Sequence[Path], milliseconds: float | None) -> dict[str, 
     """Trains by their labels; a repetition time in ms for the files that have none."""
     from fisherprint import experiment as stages
 
-    time = None if milliseconds is None else milliseconds / 1e3
+    # 4.1 ms are 4.1e-3 s, which 4.1 times or through any power of ten is not.
+    time = None if milliseconds is None else float(Decimal(repr(milliseconds)).scaleb(-3))
     return stages.read_trains(paths, repetition_time=time)
 
 
