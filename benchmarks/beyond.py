@@ -5,6 +5,10 @@
 "Determined" are the fingerprints whose √CRB is below a third of the prior's spread, parameter by
 parameter. Errors are root mean squares over the noise of one fingerprint; of these the median over
 the test set, in the parameter's unit.
+
+Of runs on the same fingerprints, say of two bases, a second table has the first run over each
+other one: √CRB, the error that data and prior together allow (√ of the mean local form of van
+Trees' bound, docs/decisions/021-van-trees-bound.md), and what the networks do.
 """
 
 from __future__ import annotations
@@ -42,6 +46,25 @@ def rows(
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
+def ratios(label: str, first: Audit, other: Audit, *, snr: float) -> list[str]:
+    """The first run over another one, a line for each parameter."""
+    one, two = first.level(snr), other.level(snr)
+    lines = []
+    for e, name in enumerate(first.names):
+        finite = np.isfinite(first.crb[:, e]) & np.isfinite(other.crb[:, e])
+        both = first.determined[one][:, e] & other.determined[two][:, e]
+        root = np.sqrt(first.crb[:, e] / other.crb[:, e])
+        std = np.sqrt(first.variance[one] / other.variance[two])[:, e]
+        error = first.root_mean_square[one, e] / other.root_mean_square[two, e]
+        prior = "–"
+        if first.prior is not None and other.prior is not None:
+            prior = f"{np.sqrt(first.prior.local[one, e] / other.prior.local[two, e]):.3f}"
+        cells = [label, name, f"{np.median(root[finite]):.3f}", prior, f"{error:.3f}"]
+        cells += [f"{np.median(root[both]):.3f}", f"{np.median(std[both]):.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -52,12 +75,29 @@ def main() -> None:
     print("| run | parameter | loss, training range | determined | all | determined | the rest "
           "| median error |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|")
+    audits: dict[str, Audit] = {}
     for folder in arguments.runs:
         run = experiment.open_run(folder)
         audit, score = files.read_audit(run.audit)
+        audits[folder.name] = audit
         _, _, model = experiment.read_data(run)
         described = [model.parameters[model.index(name)] for name in audit.names]
         print("\n".join(rows(folder.name, audit, score, described, snr=arguments.snr)))
+
+    (head, first), *others = audits.items()
+    alike = {
+        label: audit
+        for label, audit in others
+        if audit.names == first.names and np.array_equal(audit.truth, first.truth)
+    }
+    if not alike:
+        return
+    print(f"\n{head} over others\n")
+    print("| over | parameter | √CRB, median | √van Trees | root mean square error "
+          "| √CRB, determined in both | standard deviation there |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|")
+    for label, audit in alike.items():
+        print("\n".join(ratios(label, first, audit, snr=arguments.snr)))
 
 
 if __name__ == "__main__":
