@@ -122,9 +122,17 @@ def test_in_place_and_away_again(folder: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE), AFFINE), folder / f"{name}.nii.gz")
         files.write_json(folder / f"{name}.json", about)
     # Where new maps are written, no others must stay beside them.
-    files.remove_maps(folder)
+    (new,) = files.write_maps(
+        Maps(("B0",), np.zeros((*SHAPE, 1)), np.ones(SHAPE, bool), 0),
+        folder,
+        volume=files.Volume(np.zeros((*SHAPE, 5), np.complex64), AFFINE),
+        parameters=list(PARAMETERS.values()),
+        provenance={},
+    )
+    files.keep_maps([new])
     assert {path.name for path in folder.iterdir()} == {
         *("B1.nii.gz", "B1.json", "coefficients.nii.gz", "coefficients.json", "summary.json"),
+        *("B0.nii.gz", "B0.json"),
     }
 
 

@@ -29,7 +29,6 @@ from fisherprint.experiment.folder import (
     Progress,
     Run,
     Say,
-    forget_maps,
     read_data,
     region_file,
     versions,
@@ -343,17 +342,19 @@ def _write(
         placed = np.full((*mask.shape, len(parameters)), np.nan)
         placed[mask] = values
         result = maps.Maps(tuple(p.name for p in parameters), placed, mask, failed)
-        files.write_maps(
-            result,
-            out,
-            volume=volume,
-            parameters=parameters,
-            provenance=provenance,
-            **options,
+        written.extend(
+            files.write_maps(
+                result,
+                out,
+                volume=volume,
+                parameters=parameters,
+                provenance=provenance,
+                **options,
+            )
         )
         return result
 
-    forget_maps(out)
+    written: list[Path] = []
     result = write(described, found["theta"][:, columns])
     write(described, found["std"][:, columns], kind="standard deviation")
     norm = np.linalg.norm(volume.data[mask], axis=1)
@@ -364,7 +365,8 @@ def _write(
         *(found["iterations"], found["reason"]),
     )
     write(list(_BESIDE), np.column_stack(beside))
-    files.write_status(status, out, volume=volume, provenance=provenance)
+    written.append(files.write_status(status, out, volume=volume, provenance=provenance))
+    files.keep_maps(written)
 
     regions = mapping.regions_of(result, say)
     for name in mapping.REGIONS:

@@ -162,12 +162,6 @@ def forget_results(run: Run) -> None:
         product.unlink(missing_ok=True)
 
 
-def forget_maps(out: Path) -> None:
-    """Remove earlier maps from a folder, first what marks them as finished."""
-    (out / "summary.json").unlink(missing_ok=True)
-    files.remove_maps(out)
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     packages = ("fisherprint", "numpy", "scipy", "numba", "torch")

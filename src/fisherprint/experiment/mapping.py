@@ -18,7 +18,6 @@ from fisherprint.experiment.folder import (
     Progress,
     Run,
     Say,
-    forget_maps,
     read_data,
     region_file,
     versions,
@@ -222,12 +221,13 @@ def map_run(
         "known_sha256": {name: files.file_digest(path) for name, path in section.known.items()},
         **({} if beside is None else {"noise": beside.noise.recorded}),
     }
-    forget_maps(out)
-    files.write_maps(result, out, volume=volume, parameters=described, provenance=provenance)
+    place: dict[str, Any] = {"volume": volume, "provenance": provenance}
+    written = files.write_maps(result, out, parameters=described, **place)
     if beside is not None:
-        _write_beside(beside, result, out, volume, described, provenance)
+        written += _write_beside(beside, result, out, described, place)
     status = bars.network_status(result, beside, described, ranges)
-    files.write_status(status, out, volume=volume, provenance=provenance)
+    written.append(files.write_status(status, out, **place))
+    files.keep_maps(written)
     regions = regions_of(result, say)
     for name in REGIONS:
         path = out / region_file(name)
@@ -284,17 +284,15 @@ def _write_beside(
     beside: bars.Beside,
     result: maps.Maps,
     out: Path,
-    volume: files.Volume,
     described: list[Parameter],
-    provenance: Mapping[str, Any],
-) -> None:
+    place: Mapping[str, Any],
+) -> list[Path]:
     """Error bars, M0 and the residual."""
     names = tuple(parameter.name for parameter in bars.BESIDE)
     std = maps.Maps(result.names, beside.std, result.mask, result.n_failed)
     others = maps.Maps(names, beside.beside, result.mask, result.n_failed)
-    place: dict[str, Any] = {"volume": volume, "provenance": provenance}
-    files.write_maps(std, out, parameters=described, kind="standard deviation", **place)
-    files.write_maps(others, out, parameters=bars.BESIDE, **place)
+    written = files.write_maps(std, out, parameters=described, kind="standard deviation", **place)
+    return written + files.write_maps(others, out, parameters=bars.BESIDE, **place)
 
 
 def say_status(status: NDArray[np.uint8], say: Say) -> None:

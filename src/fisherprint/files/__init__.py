@@ -48,7 +48,7 @@ from fisherprint.files.stating import (
     conversions,
     convert_maps,
     described_maps,
-    remove_maps,
+    keep_maps,
     state_maps,
 )
 from fisherprint.files.tables import read_label_names, read_labels, require_table, write_table
@@ -83,6 +83,7 @@ __all__ = [
     "convert_maps",
     "described_maps",
     "file_digest",
+    "keep_maps",
     "load_network_files",
     "open_cfl",
     "read_arrays",
@@ -106,7 +107,6 @@ __all__ = [
     "read_tissue_maps",
     "read_toml",
     "recorded_basis",
-    "remove_maps",
     "require_file",
     "require_table",
     "save_network",

@@ -142,8 +142,6 @@ def write_bids(
                 f"expected no images of {entities.stem} in {root}; there is {target.name}. "
                 "Give another run or acquisition, or replace them with --force."
             )
-    if force:
-        _remove(root, entities)
     write_json(root / "dataset_description.json", description)
     _ignore(root, sorted({f"*_{image.name}.*" for image in images if not image.official}))
     for image, target in zip(images, targets, strict=True):
@@ -153,19 +151,22 @@ def write_bids(
             target.with_name(target.name.removesuffix(".nii.gz") + ".json"),
             _sidecar(image, sources),
         )
+    if force:
+        _keep(targets, root, entities)
     return targets
 
 
-def _remove(root: Path, entities: Entities) -> None:
-    """Remove earlier maps of these entities: others may have other names, or no error bars."""
+def _keep(images: Sequence[Path], root: Path, entities: Entities) -> None:
+    """Remove other maps of these entities, such as error bars of earlier estimates."""
     # What has more entities than these is another scan's.
     name = re.compile(rf"{entities.stem}_(desc-[0-9a-zA-Z]+_|label-(WM|CSF)_)?[0-9a-zA-Z]+\.json")
     for sidecar in root.joinpath(entities.folder).glob("*/*.json"):
-        if name.fullmatch(sidecar.name) and (
-            "Fisherprint" in read_json(sidecar) or sidecar.stem.endswith("_mask")
-        ):
-            sidecar.with_suffix(".nii.gz").unlink(missing_ok=True)
+        image = sidecar.with_suffix(".nii.gz")
+        if image in images or not name.fullmatch(sidecar.name):
+            continue
+        if "Fisherprint" in read_json(sidecar) or sidecar.stem.endswith("_mask"):
             sidecar.unlink()
+            image.unlink(missing_ok=True)
 
 
 def _planned(source: Path, about: Mapping[str, Any]) -> _Image:

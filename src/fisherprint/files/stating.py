@@ -129,11 +129,15 @@ def convert_maps(folder: str | Path, out: str | Path, stated: Mapping[str, str])
     return [out / path.name for path in written]
 
 
-def remove_maps(folder: str | Path) -> None:
-    """Remove maps that this package made: new ones may be of fewer parameters or other names."""
-    for sidecar in Path(folder).glob("*.json"):
+def keep_maps(images: Sequence[Path]) -> None:
+    """Remove other maps that this package made from the folder of some, such as earlier ones.
+
+    They may be of other parameters, or have other names.
+    """
+    for sidecar in images[0].parent.glob("*.json"):
         image = sidecar.with_suffix(".nii.gz")
-        if image.exists() and {"Parameter", "Provenance"} <= read_json(sidecar).keys():
+        ours = {"Parameter", "Provenance"} <= read_json(sidecar).keys()
+        if ours and image.exists() and image not in images:
             image.unlink()
             sidecar.unlink()
 
