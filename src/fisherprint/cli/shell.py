@@ -169,7 +169,7 @@ def read_trains(paths: Sequence[Path], milliseconds: float | None) -> dict[str, 
     """Trains by their labels; a repetition time in ms for the files that have none."""
     from fisherprint import experiment as stages
 
-    # 4.1 ms are 4.1e-3 s, which 4.1 times or through any power of ten is not.
+    # 4.1 ms are 4.1e-3 s; 4.1 * 1e-3 and 4.1 / 1e3 are the number beside it.
     time = None if milliseconds is None else float(Decimal(repr(milliseconds)).scaleb(-3))
     return stages.read_trains(paths, repetition_time=time)
 
