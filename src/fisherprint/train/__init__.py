@@ -1,13 +1,12 @@
 """Training: losses, augmentation by M0 and noise, and the one loop (§2.2, §2.6)."""
 
+from fisherprint.train.augmentation import augment, extra_inputs
 from fisherprint.train.config import LossName, Samples, TrainingConfig
 from fisherprint.train.loop import (
     DivergedError,
     Epoch,
     State,
-    augment,
     compilable,
-    extra_inputs,
     train,
 )
 from fisherprint.train.losses import (

@@ -1,4 +1,4 @@
-"""Augmentation by M0 and noise, and the one loop (§2.4, §2.6)."""
+"""The one loop (§2.6)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.optim import Adam
 
 from fisherprint import _checks, inference
 from fisherprint.network import Network
+from fisherprint.train.augmentation import (
+    Tensors,
+    augmented,
+    batches,
+    first_layer_inputs,
+    to_tensors,
+)
 from fisherprint.train.config import Samples, TrainingConfig
 from fisherprint.train.losses import (
     RELATIVE_FLOOR,
@@ -95,77 +100,6 @@ class DivergedError(ArithmeticError):
         self.state = state
 
 
-def augment(
-    coefficients: Tensor,
-    crb: Tensor,
-    config: TrainingConfig,
-    generator: Generator,
-    *,
-    noises: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    r"""Random M0 and noise for each sample, with the bound that goes with them (§2.4).
-
-        c' = M0 c + ε,   |M0| ~ U(scale_range),  arg M0 ~ U(0, 2π),  Re ε, Im ε ~ N(0, σ²)
-        CRB' = (σ/|M0|)² CRB
-
-    The basis is orthonormal, so coefficients have the noise of the signal.
-
-    Args:
-        coefficients: c for M0 = 1, shape (S, K), complex.
-        crb: bound for σ = |M0| = 1, shape (S, E).
-        config: `scale_range` and σ = `noise_std`.
-        generator: on the device of the tensors.
-        noises: (N,) for N draws of the noise with each sample's M0; () for one, without an axis.
-
-    Returns:
-        c', shape (S, K) or (S, N, K), and CRB', shape (S, E).
-    """
-
-    def uniform() -> Tensor:
-        return torch.rand((len(crb), 1), generator=generator, dtype=crb.dtype, device=crb.device)
-
-    low, high = config.scale_range
-    scale = low + (high - low) * uniform()
-    phase = 2 * torch.pi * uniform()
-    n_samples, rank = coefficients.shape
-    noise = torch.randn(
-        (n_samples, *noises, rank, 2),
-        generator=generator,
-        dtype=crb.dtype,
-        device=crb.device,
-    )
-    scaled = torch.polar(scale, phase) * coefficients
-    if noises:
-        scaled = scaled[:, None]
-    noisy = scaled + config.noise_std * torch.view_as_complex(noise)
-    return noisy, crb * (config.noise_std / scale).square()
-
-
-def extra_inputs(
-    config: TrainingConfig,
-    coefficients: NDArray[Any],
-    known: NDArray[np.float64],
-    *,
-    noise_std: float,
-) -> NDArray[np.float64]:
-    """What a network of this config is given beside the coefficients, shape (..., n).
-
-    Args:
-        config: `inputs` and `snr_input`.
-        coefficients: x, shape (..., K).
-        known: the parameters that `inputs` names, shape (..., len(inputs)) or such that it
-            becomes this by repetition.
-        noise_std: σ of the coefficients' real and imaginary part each.
-    """
-    columns = [np.broadcast_to(known, (*coefficients.shape[:-1], len(config.inputs)))]
-    if config.snr_input:
-        # Without signal there is no estimate, and this is -Inf.
-        with np.errstate(divide="ignore"):
-            norm = np.linalg.norm(coefficients, axis=-1, keepdims=True)
-            columns.append(np.log(norm / noise_std))
-    return np.concatenate(columns, axis=-1)
-
-
 def train(
     training: Samples,
     validation: Samples,
@@ -213,9 +147,9 @@ def train(
     step_layers = network.from_features
     if config.compiled:
         step_layers = torch.compile(step_layers, fullgraph=True, dynamic=False)
-    clean = [part.to(device) for part in _tensors(training, config)]
-    held_out = _tensors(validation, config)
-    noisy = _noisy(held_out, config, _generator(_VALIDATION_SEED))
+    clean = [part.to(device) for part in to_tensors(training, config)]
+    held_out = to_tensors(validation, config)
+    noisy = augmented(held_out, config, _generator(_VALIDATION_SEED))
     noisy = [part.to(device) for part in noisy]
     ranks.require_same(_beginning(clean, config, state))
     parallel = ranks.parallel(network)
@@ -225,10 +159,10 @@ def train(
         first = 1 + (number - 1) * math.ceil(n_samples / config.fingerprints)
         generator = _generator(config.seed, number, device=device)
         network.train()
-        for step, batch in enumerate(_batches(clean, config, generator), start=first):
+        for step, batch in enumerate(batches(clean, config, generator), start=first):
             share = [part[ranks.rows(len(part))] for part in batch]
             coefficients, truth, crb, known = share
-            x = _features(network, coefficients, known, config)
+            x = first_layer_inputs(network, coefficients, known, config)
             # The last batch may be smaller: not worth another minute of compilation.
             full = len(batch[0]) == config.fingerprints
             layers = step_layers if full else network.from_features
@@ -311,7 +245,7 @@ def _with_possible(
     return config.model_copy(update={"compiled": False})
 
 
-def _beginning(clean: _Tensors, config: TrainingConfig, state: State) -> dict[str, object]:
+def _beginning(clean: Tensors, config: TrainingConfig, state: State) -> dict[str, object]:
     """What all processes must have in common."""
     size, device = len(clean[0]), clean[0].device
     # Unlike devices may draw unlike numbers, and an order tells.
@@ -454,71 +388,12 @@ def _generator(*stream: int, device: str | torch.device = "cpu") -> Generator:
     return Generator(device).manual_seed(int(seed[0]))
 
 
-_Tensors = Sequence[Tensor]
-"""Coefficients, θ, bound and known parameters, each with the axis S first."""
-
-
-def _tensors(samples: Samples, config: TrainingConfig) -> _Tensors:
-    """Samples in single precision; coefficients are free of noise, for M0 = 1."""
-    chosen, known = samples.select(config.estimated), samples.select(config.inputs)
-    arrays = (chosen.coefficients, chosen.theta, chosen.crb, known.theta)
-    kinds = (np.complex64, np.float32, np.float32, np.float32)
-    return [
-        torch.as_tensor(np.array(array, dtype=kind))
-        for array, kind in zip(arrays, kinds, strict=True)
-    ]
-
-
-def _noisy(
-    clean: _Tensors,
-    config: TrainingConfig,
-    generator: Generator,
-    *,
-    noises: tuple[int, ...] = (),
-) -> _Tensors:
-    """The same with an M0 and noise."""
-    coefficients, theta, crb, known = clean
-    coefficients, crb = augment(coefficients, crb, config, generator, noises=noises)
-    return coefficients, theta, crb, known
-
-
-def _batches(clean: _Tensors, config: TrainingConfig, generator: Generator) -> Iterator[_Tensors]:
-    """The steps of an epoch: all fingerprints in a new order, with M0 and noise."""
-    n_samples = len(clean[0])
-
-    def order() -> tuple[Tensor, ...]:
-        shuffled = torch.randperm(n_samples, generator=generator, device=generator.device)
-        return torch.split(shuffled, config.fingerprints)
-
-    if config.noises:
-        # All noises of an epoch would not fit into memory.
-        for part in order():
-            some = [tensor[part] for tensor in clean]
-            yield _noisy(some, config, generator, noises=config.noises)
-    else:
-        noisy = _noisy(clean, config, generator)
-        for part in order():
-            yield [tensor[part] for tensor in noisy]
-
-
-def _features(
-    network: Network, coefficients: Tensor, known: Tensor, config: TrainingConfig
-) -> Tensor:
-    """What the first layer sees of coefficients (S, K) or (S, N, K), one row each."""
-    flat = coefficients.flatten(0, -2)
-    extra = [known.repeat_interleave(math.prod(coefficients.shape[1:-1]), dim=0)]
-    if config.snr_input:
-        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        extra.append((norm / config.noise_std).log())
-    return network.features(flat, torch.cat(extra, dim=1))
-
-
 @torch.inference_mode()
 def _validate(
     network: Network,
     losses: Mapping[str, _Loss],
-    clean: _Tensors,
-    noisy: _Tensors,
+    clean: Tensors,
+    noisy: Tensors,
     config: TrainingConfig,
     ranks: Ranks,
 ) -> dict[str, float]:
@@ -526,7 +401,7 @@ def _validate(
 
     def estimate(coefficients: Tensor, known: Tensor) -> Tensor:
         own = ranks.rows(len(coefficients))
-        x = _features(network, coefficients[own], known[own], config)
+        x = first_layer_inputs(network, coefficients[own], known[own], config)
         y = [
             network.from_features(part, torch.float32)
             for part in torch.split(x, _VALIDATION_CHUNK)
@@ -542,7 +417,7 @@ def _validate(
         parts = []
         # As many at once as in a step, which fit into memory.
         for some in zip(*(torch.split(t, config.fingerprints) for t in clean), strict=True):
-            drawn = _noisy(some, config, generator, noises=config.noises)
+            drawn = augmented(some, config, generator, noises=config.noises)
             c, _, bound, given = (tensor.to(theta.device) for tensor in drawn)
             parts.append((estimate(c, given), bound))
         estimates, crb = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
