@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +10,18 @@ from typing import Any, Literal
 
 import nibabel
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from fisherprint import _checks, _storage
-from fisherprint._storage import UnreadableFileError
-from fisherprint.files import cfl
+from fisherprint.files.formats import KEYED, NIFTI, read_image, read_nifti, suffix_of
 from fisherprint.files.records import read_json, write_json
 from fisherprint.maps import Maps, Status, counted
 from fisherprint.parameters import Parameter
 from fisherprint.reconstruct.phantom import TissueMaps
 from fisherprint.subspace import Basis
 
-_NIFTI = (".nii", ".nii.gz")
-_KEYED = (".mat", ".h5", ".hdf5")
-
 Kind = Literal["estimate", "standard deviation"]
 """What a map shows, as its sidecar says."""
-
-# BART's axes 0, 1, 2 are space and 6 holds the coefficients of a subspace.
-_BART_KEPT = (0, 1, 2, 6)
 
 # What places a volume in space; all else in a header belongs to the file that it came from.
 _GEOMETRY = (
@@ -58,13 +47,6 @@ class Volume:
     header: nibabel.Nifti1Header | None = None
     source: Path | None = None
     mask: NDArray[np.bool_] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Image:
-    array: NDArray[np.generic]
-    affine: NDArray[np.float64] | None = None
-    header: nibabel.Nifti1Header | None = None
 
 
 def read_coefficients(
@@ -99,14 +81,14 @@ def read_coefficients(
             many axes, with NaN or Inf, or without any signal.
     """
     path = Path(path)
-    image = _read_image(path, key)
+    image = read_image(path, key)
     array = image.array
     if not np.iscomplexobj(array):
         raise ValueError(
             f"expected complex coefficients in {path}; got {array.dtype}. "
             "Write the complex images, not their magnitude."
         )
-    array = _coefficients_last(array, rank, movable=_suffix(path) in _KEYED, path=path)
+    array = _coefficients_last(array, rank, movable=suffix_of(path) in KEYED, path=path)
     data = np.ascontiguousarray(_three_axes(array, 1, path), dtype=np.complex64)
     _require_finite(data, path)
     mask = None if mask_key is None else read_mask(path, data.shape[:3], key=mask_key)
@@ -128,7 +110,7 @@ def read_mask(
         ValueError: another shape than the volume's, NaN or Inf, or no voxel inside.
     """
     path = Path(path)
-    array = _read_image(path, key).array
+    array = read_image(path, key).array
     if array.ndim == 4 and array.shape[-1] == 1:
         array = array[..., 0]
     array = _three_axes(array, 0, path)
@@ -157,7 +139,7 @@ def read_map(path: str | Path, shape: Sequence[int], *, name: str) -> NDArray[np
     """
     path = Path(path)
     _require_si(path)
-    array = _read_image(path, name if _suffix(path) in _KEYED else None).array
+    array = read_image(path, name if suffix_of(path) in KEYED else None).array
     # BART knows no real numbers.
     if np.iscomplexobj(array):
         if np.nan_to_num(array.imag).any():
@@ -209,7 +191,7 @@ def read_maps(folder: str | Path, names: Sequence[str], *, as_stated: bool = Fal
     if not as_stated:
         for name in names:
             _require_si(Path(folder) / f"{name}.nii.gz")
-    images = [_read_nifti(Path(folder) / f"{name}.nii.gz") for name in names]
+    images = [read_nifti(Path(folder) / f"{name}.nii.gz") for name in names]
     first, affine, header = images[0]
     for name, (image, _, _) in zip(names, images, strict=True):
         axes = [*zip("XYZ", first.shape, strict=False)]
@@ -236,9 +218,9 @@ def read_place(path: str | Path) -> NDArray[np.float64] | None:
     Raises:
         UnreadableFileError: no such file, damaged, foreign.
     """
-    if _suffix(Path(path)) not in _NIFTI:
+    if suffix_of(Path(path)) not in NIFTI:
         return None
-    _, affine, header = _read_nifti(Path(path))
+    _, affine, header = read_nifti(Path(path))
     return _place(affine, header)
 
 
@@ -288,7 +270,7 @@ def recorded_basis(path: str | Path) -> str | None:
 
 def _sidecar_of(path: Path) -> Path:
     # The suffix is in lower case, the name may be not.
-    return path.with_name(path.name[: len(path.name) - len(_suffix(path))] + ".json")
+    return path.with_name(path.name[: len(path.name) - len(suffix_of(path))] + ".json")
 
 
 def read_tissue_maps() -> TissueMaps:
@@ -307,7 +289,7 @@ def read_tissue_maps() -> TissueMaps:
         )
     folder = Path(spec.origin).parent / "datasets" / "data"
     (grey, affine, _), (white, _, _), (template, _, _) = (
-        _read_nifti(folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz")
+        read_nifti(folder / f"mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz")
         for kind in ("gm", "wm", "t1")
     )
     # Probabilities are stored as 0 to 255; the template is zero outside the brain.
@@ -407,88 +389,9 @@ def read_status(folder: str | Path, shape: Sequence[int]) -> NDArray[np.uint8]:
         ValueError: another shape than the volume's.
     """
     path = Path(folder) / "status.nii.gz"
-    array = np.asarray(_read_nifti(path)[0])
+    array = np.asarray(read_nifti(path)[0])
     _checks.shape(f"the status {path}", array, list(zip("XYZ", shape, strict=True)))
     return array.astype(np.uint8)
-
-
-def _suffix(path: Path) -> str:
-    name = path.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-
-
-def _read_image(path: Path, key: str | None) -> _Image:
-    suffix = _suffix(path)
-    if key is not None and suffix not in _KEYED:
-        raise ValueError(f"{path} holds one array without a name; got the key {key!r}. Drop it.")
-    if suffix in _NIFTI:
-        return _Image(*_read_nifti(path))
-    if suffix in cfl.SUFFIXES:
-        return _Image(_read_bart(path))
-    if suffix == ".npy":
-        return _Image(_read_npy(path))
-    if suffix in _KEYED:
-        if key is None:
-            raise UnreadableFileError(
-                f"{path} needs the key of an array; it has "
-                f"{_checks.listing(_storage.array_names(path))}. "
-                "Name one: --key, of a mask --mask-key."
-            )
-        return _Image(_storage.read_arrays(path, [key])[key])
-    raise UnreadableFileError(
-        "expected an image as "
-        f"{_checks.listing((*_NIFTI, *cfl.SUFFIXES, '.npy', *_KEYED))}; got {path}."
-    )
-
-
-def _read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64], nibabel.Nifti1Header]:
-    _storage.require_file(path)
-    try:
-        if _suffix(path) == ".nii.gz":
-            # nibabel stops before the checksum, and damaged numbers would pass for images.
-            with gzip.open(path) as stream:
-                while stream.read(1 << 20):
-                    pass
-        image: Any = nibabel.load(path)
-        array = np.asarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, OSError, ValueError, EOFError, zlib.error) as error:
-        raise UnreadableFileError(
-            f"expected a NIfTI image; {path} ({path.stat().st_size} bytes) is none or is "
-            f"damaged: {error}. Copy or export it again."
-        ) from error
-    return array, image.affine, image.header
-
-
-def _read_bart(path: Path) -> NDArray[np.complex64]:
-    """A BART array with its spatial axes and the coefficients: (X, Y, Z, K)."""
-    array = cfl.open_cfl(path)
-    dims, values = array.shape, path.with_suffix(".cfl")
-    names = {axis: f"{axis} ({name})" for axis, name in enumerate(cfl.AXES)}
-    long = {axis: n for axis, n in enumerate(dims) if n > 1 and axis not in _BART_KEPT}
-    if long:
-        found = ", ".join(
-            f"axis {names.get(axis, axis)} of length {n}" for axis, n in long.items()
-        )
-        raise ValueError(
-            f"expected coefficient images along the BART axes 0, 1, 2 and 6; {values} has "
-            f"{found}. Combine the coils and choose one volume first."
-        )
-    return np.array(array).reshape([dims[axis] for axis in _BART_KEPT], order="F")
-
-
-def _read_npy(path: Path) -> NDArray[np.generic]:
-    _storage.require_file(path)
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UnreadableFileError(
-            f"expected a NumPy array; {path} ({path.stat().st_size} bytes) is none or is "
-            f"truncated: {error}. Save it again."
-        ) from error
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise UnreadableFileError(f"expected one NumPy array; {path} is an archive. Save one.")
-    return array
 
 
 def _coefficients_last(
