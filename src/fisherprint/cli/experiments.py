@@ -122,7 +122,7 @@ def run_(
 ) -> None:
     """All stages of an experiment, skipping those already done.
 
-    Example: fisherprint run experiments/invivo.toml -o runs/invivo
+    Example: fisherprint run experiments/bundled.toml -o runs/bundled
     """
     from fisherprint import experiment as stages
 
