@@ -617,7 +617,9 @@ def test_a_shipped_network_maps_without_its_run(
 ) -> None:
     folder = tmp_path / "tiny"
     said = done("ship", finished[1], "-o", folder)
-    assert said.startswith(f"tiny: m0s, T1, T2f from {RANK} coefficients (svd) of its own train")
+    assert said.startswith(
+        f"tiny: m0s, T1, T2f from {RANK} coefficients (svd basis) of its own train"
+    )
     mask = finished[1] / "brain" / "mask.nii.gz"
     done("map", images, "--mask", mask, "--model", folder, "-o", tmp_path / "maps")
     old, new = (

@@ -164,14 +164,15 @@ def described(trained: Trained) -> list[str]:
     )
     unknown = [name for name in card["parameters"] if name not in config.inputs]
     told = f"; told {', '.join(config.inputs)}" if config.inputs else ""
+    start = " from a trained start" if card.get("start_sha256") else ""
     return [
         f"{trained.folder.name}: {', '.join(card['estimated'])} from {card['rank']} coefficients "
-        f"({card['basis_method']}) of {own} train, {trained.train.duration:.2f} s",
+        f"({card['basis_method']} basis) of {own} train, {trained.train.duration:.2f} s",
         f"  unknown beside M0: {', '.join(unknown)}{told}; SNR {low:g} to {high:g}; "
         f"{size / 1e6:.1f} MB",
         f"  trained with the {config.loss} loss on {sizes['training']} fingerprints for "
-        f"{card['losses']['epochs']} epochs; fisherprint {card['versions']['fisherprint']}, "
-        f"{card['date']}",
+        f"{card['losses']['epochs']} epochs{start}; fisherprint "
+        f"{card['versions']['fisherprint']}, {card['date']}",
         f"  loss on {audit['fingerprints']} test fingerprints over this SNR: {audit['loss']:.3f} "
         f"± {audit['standard_error']:.3f} ({losses}); rounding the weights moves estimates by "
         f"{max(card['rounding'].values()):.2g} √CRB at most",
