@@ -1,6 +1,8 @@
 """Coils, the digital scan, files of raw data, and the way from a scan to images in one command."""
 
 import importlib.util
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -9,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from fisherprint import cli, files
+from fisherprint import _storage, cli, files
 from fisherprint import experiment as stages
 from fisherprint.experiment import reconstructing
 from fisherprint.experiment.folder import read_data
@@ -238,6 +240,26 @@ def test_raw_data_come_back_and_are_not_read_at_once(raw, tmp_path):
     assert back.matrix == (8, 8, 8)
 
 
+def test_a_trajectory_of_another_file_leaves_matrix_place_and_pulses(raw, tmp_path):
+    kspace, spokes = raw
+    _write_bart(tmp_path, kspace, spokes)
+    pulse = np.array([0, 1, 2, 4, 6])
+    _write(tmp_path / "scan.h5", kspace, matrix=np.array([8]), affine=2 * np.eye(4), pulse=pulse)
+    reading = files.Reading(trajectory=tmp_path / "traj.cfl")
+    back = files.read_kspace(tmp_path / "scan.h5", reading)
+    assert back.matrix == (8, 8, 8) and back.notes == ()
+    np.testing.assert_array_equal(back.trajectory, spokes)
+    np.testing.assert_array_equal(back.affine, 2 * np.eye(4))
+    np.testing.assert_array_equal(back.pulses, pulse)
+    wider = files.read_kspace(tmp_path / "scan.h5", replace(reading, matrix=(16, 16, 16)))
+    assert wider.affine is None and "place in space is left out" in wider.notes[0]
+    # A matrix of the trajectory's own file is not that of the place.
+    with h5py.File(tmp_path / "traj.h5", "w") as file:
+        file["trajectory"], file["matrix"] = spokes, np.array([16])
+    other = files.read_kspace(tmp_path / "scan.h5", files.Reading(trajectory=tmp_path / "traj.h5"))
+    assert other.matrix == (16, 16, 16) and other.affine is None
+
+
 def _write_bart(folder, kspace, spokes):
     files.write_cfl(folder / "traj", spokes.transpose(3, 2, 1, 0)[:, :, :, None, None, :])
     files.write_cfl(folder / "data", kspace.transpose(3, 2, 0, 1)[None, :, :, :, None, :])
@@ -297,8 +319,38 @@ def test_ismrmrd_is_read_in_the_order_of_the_scan(raw, tmp_path, scale, unit):
     assert back.affine[0, 0] == 20
     (note,) = back.notes
     assert f"looks like {unit}" in note
-    stated = files.Reading(n_pulses=5, scale=1 / scale)
-    assert files.read_kspace(tmp_path / "scan.h5", stated).notes == ()
+    stated = files.read_kspace(tmp_path / "scan.h5", files.Reading(n_pulses=5, scale=2 / scale))
+    assert stated.notes == ()
+    np.testing.assert_allclose(stated.trajectory, 2 * spokes, atol=1e-5)
+
+
+def test_samples_to_discard_and_readouts_of_no_image_are_left_out(raw, tmp_path):
+    kspace, spokes = raw
+    # Two samples before, one behind; and after each readout another that is none of the image.
+    wide = np.pad(kspace, [(0, 0)] * 3 + [(2, 1)], constant_values=9)
+    along = np.pad(spokes, [(0, 0)] * 2 + [(2, 1), (0, 0)], constant_values=0.5)
+    image = {"PARALLEL_CALIBRATION_AND_IMAGING", "REVERSE"}
+    kinds = [name for name in dir(ismrmrd) if name.startswith("ACQ_IS_")]
+    none = [getattr(ismrmrd, name) for name in kinds if name[len("ACQ_IS_") :] not in image]
+    none.remove(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+    path = tmp_path / "scan.h5"
+    dataset = ismrmrd.Dataset(str(path), "dataset")
+    dataset.write_xml_header(_HEADER.encode())
+    for number in range(15):
+        cycle, pulse = divmod(number, 5)
+        readout = ismrmrd.Acquisition.from_array(
+            wide[:, pulse, cycle], along[pulse, cycle].astype(np.float32)
+        )
+        readout.discard_pre, readout.discard_post = 2, 1
+        if number % 2:
+            readout.setFlag(ismrmrd.ACQ_IS_REVERSE)
+        dataset.append_acquisition(readout)
+        readout.setFlag(none[number % len(none)])
+        dataset.append_acquisition(readout)
+    dataset.close()
+    back = files.read_kspace(path, files.Reading(n_pulses=5))
+    np.testing.assert_array_equal(back.kspace, kspace)
+    np.testing.assert_allclose(back.trajectory, spokes, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
@@ -415,7 +467,8 @@ def _reconstruct(run, data, output, *, say=silent, lines=None, **options):
         if name in options
     }
     say = silent if lines is None else lines.append
-    wanted = stages.Reconstruction(**({"llr": 2e-3, "block": 4} | options))
+    default = {} if "l2" in options else {"llr": 2e-3, "block": 4}
+    wanted = stages.Reconstruction(**default | options)
     stages.reconstruct_run(run, data, output, wanted, say=say, progress=silent, **keywords)
     return np.asarray(nibabel.load(output).dataobj)
 
@@ -508,6 +561,7 @@ def test_one_prior_is_asked_for():
         ({"llr": -1.0}, "λ must be zero or above; got -1"),
         ({"l2": -1.0}, "λ must be zero or above; got -1"),
         ({"llr": 0.1, "block": 0}, "at least one voxel; got 0"),
+        ({"l2": 0.1, "block": 8}, "blocks with --llr alone; got --block 8"),
         ({"llr": 0.1, "coils": 0}, "at least one coil; got 0"),
         ({"llr": 0.1, "iterations": 0}, "at least one iteration; got 0"),
     ],
@@ -525,6 +579,8 @@ def test_what_cannot_be_written_or_resumed_is_refused_before_anything_starts(
         _reconstruct(run, scanned, tmp_path / "images.CFL", iterations=1)
     with pytest.raises(reconstructing.ReconstructionError, match="expected an interrupted"):
         _reconstruct(run, scanned, tmp_path / "images.nii", iterations=1, resume=True)
+    with pytest.raises(reconstructing.ReconstructionError, match=r"data of 24 pulses.* got 7"):
+        _reconstruct(run, scanned, tmp_path / "a.nii", reading=files.Reading(n_pulses=7))
 
 
 def test_images_that_cannot_be_written_are_not_lost(run, scanned, tmp_path, monkeypatch):
@@ -560,6 +616,31 @@ def test_sensitivities_of_the_user_are_those_of_the_physical_coils(run, scanned,
     np.save(tmp_path / "maps.npy", np.ones((2, 14, 14, 14), np.complex64))
     with pytest.raises(reconstructing.ReconstructionError, match=r"of the 4 coils .* has 2"):
         _reconstruct(run, scanned, tmp_path / "b.nii", sensitivities=tmp_path / "maps.npy")
+    assert not (tmp_path / "b.nii.work").exists()
+
+
+def test_coils_that_see_nothing_leave_no_data_behind(run, scanned, tmp_path, monkeypatch):
+    nothing = np.zeros((4, 14, 14, 14), np.complex64)
+    monkeypatch.setattr(coils, "espirit", lambda *_, **__: nothing)
+    with pytest.raises(reconstructing.ReconstructionError, match="ESPIRiT found noise alone"):
+        _reconstruct(run, scanned, tmp_path / "a.nii")
+    assert not list(tmp_path.iterdir())
+    # What another call may need is kept.
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "kernel-of-others.h5").touch()
+    with pytest.raises(reconstructing.ReconstructionError):
+        _reconstruct(run, scanned, tmp_path / "a.nii", work=tmp_path / "work")
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["kernel-of-others.h5"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_one_process_at_a_time_prepares_in_a_folder(run, scanned, tmp_path):
+    with (
+        _storage.locked(tmp_path),
+        pytest.raises(BlockingIOError, match="another one is at work there"),
+    ):
+        _reconstruct(run, scanned, tmp_path / "a.nii", work=tmp_path)
+    _reconstruct(run, scanned, tmp_path / "a.nii", iterations=1, work=tmp_path)
 
 
 def test_the_tubes_are_scanned_as_a_slice(run, tmp_path):

@@ -92,6 +92,35 @@ def large_hdf5(path: Path, size: int) -> Iterator[h5py.File]:
         yield file
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A block for one process at a time; the system frees the lock of one that died.
+
+    Where there are no such locks (Windows, some network disks) nobody is kept out.
+
+    Raises:
+        BlockingIOError: another process is in it.
+    """
+    handle = None
+    try:
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"expected {folder} for this process alone; another one is at work there. Wait "
+                "for it, or choose another folder."
+            ) from error
+        except (ImportError, OSError):
+            pass
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The contents of a TOML file.
 

@@ -202,7 +202,8 @@ class Audit:
         prior = self.require_prior()
         squares = self.bias**2 + self.variance
         mean, n = _mean(squares, axis=(1,)), (~np.isnan(squares)).sum(axis=1)
-        scatter = np.sqrt(_mean((squares - mean[:, None]) ** 2, axis=(1,)) / np.maximum(n - 1, 1))
+        with np.errstate(divide="ignore", invalid="ignore"):  # one fingerprint has no scatter
+            scatter = np.sqrt(_mean((squares - mean[:, None]) ** 2, axis=(1,)) / (n - 1))
         ratio = np.sqrt(mean / prior.overall)
         return ratio, ratio * scatter / (2 * mean)
 
@@ -438,15 +439,17 @@ def loss_over_scales(
 def crossings(snr: Floats, shares: Shares) -> tuple[float, ...]:
     """SNRmax at which bias and variance share are equal, ascending (Fig. 7).
 
-    Between two levels the logarithm of their ratio is taken as linear in that of SNRmax.
+    Between two levels the logarithm of their ratio is taken as linear in that of SNRmax; levels
+    where it is not finite are left out.
 
     Args:
         snr: Q values of SNRmax in any order.
         shares: each (Q,).
     """
-    order = np.argsort(snr)
-    x = np.log(snr[order])
-    ratio = np.log(shares.bias[order] / shares.variance[order])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(shares.bias / shares.variance)
+    order = [level for level in np.argsort(snr) if np.isfinite(ratio[level])]
+    x, ratio = np.log(snr[order]), ratio[order]
     # A level where both are equal counts as above.
     left = np.flatnonzero((ratio[:-1] < 0) != (ratio[1:] < 0))
     step = ratio[left] / (ratio[left] - ratio[left + 1])

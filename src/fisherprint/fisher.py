@@ -262,7 +262,7 @@ def van_trees(
         )
     prior = np.zeros((unknowns, unknowns))
     prior[:n_parameters, :n_parameters] = (vectors / values) @ vectors.T / units
-    return bounds(given(information + prior, known))[..., : n_parameters - len(known)]
+    return bounds(given(information + prior, known))[..., : n_parameters - len(set(known))]
 
 
 @dataclass(frozen=True, eq=False)

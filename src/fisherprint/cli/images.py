@@ -310,8 +310,8 @@ def reconstruct_(
     model: Annotated[str | None, typer.Option(metavar="NAME", hidden=True)] = None,
     llr: Annotated[float | None, typer.Option(metavar="λ", help="Locally low rank.")] = None,
     block: Annotated[
-        int, typer.Option(metavar="B", help="Its blocks: edge; else 8.", show_default=False)
-    ] = 8,
+        int | None, typer.Option(metavar="B", help="Its blocks: edge; else 8.")
+    ] = None,
     l2: Annotated[float | None, typer.Option(metavar="λ", help="Or λ‖x‖².")] = None,
     iterations: Annotated[
         int, typer.Option(metavar="N", help="Else 30.", show_default=False)

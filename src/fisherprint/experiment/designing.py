@@ -311,7 +311,8 @@ def design_train(
 
     Raises:
         OutputExistsError: `output` or its search is there, without `resume` or `force`.
-        ExperimentError: there is nothing to resume, or it belongs to another design.
+        ExperimentError: there is nothing to resume, it belongs to another design, or both `resume`
+            and `force`.
         LimitsError: the start breaks a limit, or limits contradict each other.
         SingularInformationError: a weighted parameter that no tissue determines.
     """
@@ -322,6 +323,10 @@ def design_train(
         wanted.model_dump(mode="json", exclude_none=True, exclude={"search", "title"})
     )
     state = None
+    if resume and force:
+        raise ExperimentError(
+            "expected to go on or to begin anew; got both --resume and --force. Drop one."
+        )
     if resume:
         if not record.exists():
             raise ExperimentError(
@@ -331,7 +336,7 @@ def design_train(
         if of != asked:
             raise ExperimentError(
                 f"{record} is the search of another design. Choose another output, or begin anew "
-                "with --force."
+                "with --force alone."
             )
     elif not force:
         for path in (output, record):

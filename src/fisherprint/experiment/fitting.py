@@ -91,7 +91,8 @@ def fit_run(
         out: folder for the maps: of each parameter, of its standard deviation (`<name>_std`), of
             M0, the relative residual, the iterations and the `fit.Reason` of the end; of the
             `maps.Status`; and `summary.json`.
-        known: parameters that are not fitted: one value, or the file of a map, in SI units.
+        known: parameters that are not fitted: one value, or the file of a map, in SI units; and
+            those of `section`.
         start: a number of starts in each voxel, the fingerprints of the data set that are most
             like it; or a folder of maps, or a run with a network, whose estimates replace those
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
@@ -117,14 +118,13 @@ def fit_run(
         raise files.OutputExistsError(
             f"{out} already holds maps. Choose another folder, or replace them with --overwrite."
         )
+    known = {**section.known, **(known or {})}
     data, pulses, model = read_data(run)
     volume, mask, basis_of_images = read_images(section, data, pulses, say)
     from_prior = prior_of(run, model, pulses)
     bounds = bounds_of(from_prior, model)
-    voxels = read_voxels(
-        run, volume, mask, model, section, data.basis, known or {}, bounds, start, say
-    )
-    values = {n: v for n, v in (known or {}).items() if not isinstance(v, Path)}
+    voxels = read_voxels(run, volume, mask, model, section, data.basis, known, bounds, start, say)
+    values = {n: v for n, v in known.items() if not isinstance(v, Path)}
     n_starts = start if isinstance(start, int) else 1 if voxels.start else _STARTS
     if n_starts < 1:
         raise ValueError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class Reconstruction:
     Attributes:
         llr: λ of the locally low-rank prior, solved by FISTA.
         l2: λ of λ‖x‖², solved by conjugate gradients.
-        block: edge of the blocks of `llr`, voxels.
+        block: edge of the blocks of `llr`, voxels; 8 if None.
         iterations: how many.
         coils: virtual ones, at most.
         sensitivities: a file of them, of the physical coils; ESPIRiT if None.
@@ -56,7 +57,7 @@ class Reconstruction:
 
     llr: float | None = None
     l2: float | None = None
-    block: int = 8
+    block: int | None = None
     iterations: int = 30
     coils: int = 20
     sensitivities: Path | None = None
@@ -73,17 +74,27 @@ class Reconstruction:
                 raise ReconstructionError(
                     f"expected at least one {what}; got {number}. {usual} is usual."
                 )
+        if self.l2 is not None and self.block is not None:
+            raise ReconstructionError(
+                f"expected blocks with --llr alone; got --block {self.block} with --l2. "
+                "Leave it out."
+            )
         # What both check themselves, hours later.
         if self.llr is not None:
-            lowrank.LocallyLowRank(self.llr, self.block)
+            _ = self.low_rank
         elif self.l2 is not None:
             solve.require_weight(self.l2)
+
+    @property
+    def low_rank(self) -> lowrank.LocallyLowRank:
+        """The prior of `llr`."""
+        return lowrank.LocallyLowRank(self.llr or 0.0, 8 if self.block is None else self.block)
 
     @property
     def name(self) -> str:
         """All that decides the iterations, but not how many they are."""
         if self.llr is not None:
-            return f"llr {self.llr!r} {self.block}"
+            return f"llr {self.llr!r} {self.low_rank.block}"
         return f"l2 {self.l2!r}"
 
 
@@ -141,6 +152,7 @@ def reconstruct_run(
 
     Raises:
         ReconstructionError: nothing to resume, or an output of another kind.
+        BlockingIOError: another process prepares a reconstruction in the work folder.
         MemoryForecastError: more memory is needed than there is.
         ValueError: data and basis that do not belong together, or bad data.
         DivergenceError: the iterations run away; the last good images are written.
@@ -158,21 +170,30 @@ def reconstruct_run(
         )
     basis, _ = basis_and_model(source)
     reading = reading or files.Reading()
-    raw = files.read_kspace(
-        data,
-        files.Reading(len(basis.vectors), reading.trajectory, reading.scale, reading.matrix),
-    )
+    n_pulses = len(basis.vectors)
+    if reading.n_pulses not in (None, n_pulses):
+        raise ReconstructionError(
+            f"expected data of {n_pulses} pulses, as the basis has; got {reading.n_pulses}. Leave "
+            "them out, or take the basis of the train that was played."
+        )
+    raw = files.read_kspace(data, replace(reading, n_pulses=n_pulses))
     for note in raw.notes:
         say(note)
     sampling = _sampling(raw, basis, say)
     _require_memory(sampling, raw, wanted, say)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = _prepared(
-        sampling, raw, _identity(data, sampling, wanted), wanted, folder, progress
-    )
-    kernel = toeplitz.kernel(
-        sampling, path=folder / f"kernel-{sampling.digest[:12]}.h5", progress=progress
-    )
+    with _storage.locked(folder):
+        try:
+            prepared = _prepared(
+                sampling, raw, _identity(data, sampling, wanted), wanted, folder, progress
+            )
+        except ReconstructionError:
+            with contextlib.suppress(OSError):  # it holds something for another call
+                folder.rmdir()
+            raise
+        kernel = toeplitz.kernel(
+            sampling, path=folder / f"kernel-{sampling.digest[:12]}.h5", progress=progress
+        )
 
     def normal(images: encoding.Images) -> encoding.Images:
         return toeplitz.normal(kernel, prepared.sensitivities, images, executor=executor)
@@ -303,22 +324,25 @@ def _prepared(
         raw.kspace, min(wanted.coils, len(raw.kspace)), noise=raw.noise, progress=progress
     )
     virtual = folder / "kspace.npy"
-    kspace = np.lib.format.open_memmap(
-        virtual, "w+", np.complex64, (len(compress.matrix), *sampling.samples)
-    )
-    for pulse in range(kspace.shape[1]):
-        kspace[:, pulse] = compress(np.asarray(raw.kspace[:, pulse]))
-    if maps is None:
-        middle = coils.calibration(sampling, kspace, progress=progress)
-        maps = coils.espirit(middle, sampling.matrix, progress=progress)
-        if not maps.any():
-            raise ReconstructionError(
-                "expected coils that see signal in the middle of k-space; ESPIRiT found noise "
-                "alone. Look at the data, or give sensitivities with --sensitivities."
-            )
-    else:
-        maps = compress(maps)
-    right = encoding.adjoint(sampling, maps, kspace)
+    try:
+        kspace = np.lib.format.open_memmap(
+            virtual, "w+", np.complex64, (len(compress.matrix), *sampling.samples)
+        )
+        for pulse in range(kspace.shape[1]):
+            kspace[:, pulse] = compress(np.asarray(raw.kspace[:, pulse]))
+        if maps is None:
+            middle = coils.calibration(sampling, kspace, progress=progress)
+            maps = coils.espirit(middle, sampling.matrix, progress=progress)
+            if not maps.any():
+                raise ReconstructionError(
+                    "expected coils that see signal in the middle of k-space; ESPIRiT found noise "
+                    "alone. Look at the data, or give sensitivities with --sensitivities."
+                )
+        else:
+            maps = compress(maps)
+        right = encoding.adjoint(sampling, maps, kspace)
+    finally:
+        virtual.unlink(missing_ok=True)
     scale = solve.scaling(right)
     if not (np.isfinite(scale) and scale > 0):
         raise ReconstructionError(
@@ -329,7 +353,6 @@ def _prepared(
     with _storage.large_hdf5(path, maps.nbytes + right.nbytes) as file:
         file.attrs["identity"] = identity
         file["sensitivities"], file["right"], file["scale"] = maps, right, scale
-    virtual.unlink()
     return _Prepared(maps, right, scale)
 
 
@@ -342,8 +365,7 @@ def _states(
 ) -> Iterator[solve.State]:
     if wanted.llr is None or step is None:
         return solve.conjugate_gradients(normal, right, l2=wanted.l2 or 0.0, start=start)
-    prior = lowrank.LocallyLowRank(wanted.llr, wanted.block)
-    return solve.fista(normal, right, prior, step=step, start=start)
+    return solve.fista(normal, right, wanted.low_rank, step=step, start=start)
 
 
 def _write_state(path: Path, state: solve.State, step: float | None, identity: str) -> None:

@@ -24,7 +24,9 @@ from fisherprint.files import cfl
 
 # Flags of an acquisition in ISMRMRD, counted from 1.
 _NOISE = 19
-_NO_IMAGE = (_NOISE, 20, 22, 23, 24, 26, 27, 28)
+# Calibration alone, navigator, phase correction, feedback, dummy, surface coil correction, phase
+# stabilization. A readout that runs backwards (22) is one of the image: its trajectory says so.
+_NO_IMAGE = (_NOISE, 20, 23, 24, 26, 27, 28, 29, 30, 31)
 _EXTRAS = ("weights", "noise", "affine")
 
 
@@ -171,6 +173,8 @@ def _read_ours(file: h5py.File, path: Path, reading: Reading) -> RawData:
     if not np.iscomplexobj(kspace):
         raise ValueError(f"kspace of {path} must be complex; got {kspace.dtype}.")
     known = {name: file[name][()] for name in _EXTRAS if name in file}
+    known |= {name: file[name][()] for name in ("matrix", "pulse") if name in file}
+    known["affine_matrix"] = known.get("matrix")
     if reading.trajectory is not None:
         known |= _read_trajectory(reading.trajectory)
     elif "trajectory" in file:
@@ -332,8 +336,7 @@ def _assembled(
     if matrix is None:
         if "matrix" not in known:
             raise ValueError(f"expected the matrix of the images; {path} has none. Give --matrix.")
-        found = [int(n) for n in np.atleast_1d(known["matrix"])]
-        matrix = (found[0],) * 3 if len(found) == 1 else (found[0], found[1], found[2])
+        matrix = _three(known["matrix"])
     notes = []
     trajectory = np.asarray(known["trajectory"], np.float32)
     _checks.shape(
@@ -347,12 +350,8 @@ def _assembled(
         factor, unit = _unit(_checks.finite("the trajectory", trajectory), matrix)
         notes.append(f"the trajectory looks like {unit}: multiplied by {factor}")
         trajectory = trajectory * np.array(factor, np.float32)
-    affine = known.get("affine")
-    if (
-        affine is not None
-        and "matrix" in known
-        and tuple(np.atleast_1d(known["matrix"])) != matrix
-    ):
+    affine, of = known.get("affine"), known.get("affine_matrix", known.get("matrix"))
+    if affine is not None and of is not None and _three(of) != matrix:
         notes.append("another matrix than the file's: its place in space is left out")
         affine = None
     pulse = known.get("pulse")
@@ -366,6 +365,12 @@ def _assembled(
         affine,
         tuple(notes),
     )
+
+
+def _three(matrix: NDArray[Any]) -> tuple[int, int, int]:
+    """One number of voxels stands for each axis."""
+    n = [int(n) for n in np.atleast_1d(matrix)]
+    return (n[0],) * 3 if len(n) == 1 else (n[0], n[1], n[2])
 
 
 def _unit(

@@ -136,8 +136,9 @@ def keep_maps(images: Sequence[Path]) -> None:
     """
     for sidecar in images[0].parent.glob("*.json"):
         image = sidecar.with_suffix(".nii.gz")
-        ours = {"Parameter", "Provenance"} <= read_json(sidecar).keys()
-        if ours and image.exists() and image not in images:
+        if image in images or not image.exists():
+            continue
+        if {"Parameter", "Provenance"} <= read_json(sidecar).keys():
             image.unlink()
             sidecar.unlink()
 

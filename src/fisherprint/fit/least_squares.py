@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fisherprint import _checks, fisher
+from fisherprint.fit.matching import Dictionary
 from fisherprint.fit.minimize import Floats, Integers, Local, Reason, minimize
 from fisherprint.models import SignalModel
 from fisherprint.subspace import Basis
@@ -151,9 +152,15 @@ class LeastSquares:
         estimated = unknown if self.estimated is None else tuple(self.estimated)
         for name in estimated:
             _checks.index(name, unknown, what="unknown parameter")
+        if len(set(estimated)) < len(estimated):
+            raise ValueError(
+                f"expected each estimated parameter once; got {_checks.listing(estimated)}. "
+                "Leave some out."
+            )
         object.__setattr__(self, "estimated", estimated)
-        for name, (_, std) in self.prior.items():
+        for name, (mean, std) in self.prior.items():
             _checks.index(name, unknown, what="unknown parameter")
+            _checks.finite(f"the mean of {name}'s prior", mean)
             _checks.positive(f"the standard deviation of {name}'s prior", std)
         if self.noise_std is not None:
             _checks.positive("noise_std", self.noise_std)
@@ -315,7 +322,8 @@ class LeastSquares:
     def _starts(self, given: Complex) -> Floats:
         """Starts of V voxels, shape (V, R, P)."""
         if callable(self.start):
-            return self._as_starts(self.start(given), len(given))
+            seen = given[:, : self.basis.rank] if isinstance(self.start, Dictionary) else given
+            return self._as_starts(self.start(seen), len(given))
         common = np.atleast_2d(np.asarray(self.start, dtype=np.float64))
         return np.broadcast_to(common, (len(given), *common.shape))
 
