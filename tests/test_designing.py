@@ -283,6 +283,8 @@ def test_nothing_to_resume_or_another_design(small, tmp_path):
     output = tmp_path / "a.toml"
     with pytest.raises(ExperimentError, match="Begin one without --resume"):
         run(small, output, resume=True)
+    with pytest.raises(ExperimentError, match="got both --resume and --force"):
+        run(small, output, resume=True, force=True)
     run(small, output, minutes=0)
     small.write_text(SMALL.replace("rf_power = 2e5", "rf_power = 1e5"))
     with pytest.raises(ExperimentError, match="is the search of another design"):

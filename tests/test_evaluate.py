@@ -347,6 +347,12 @@ def test_errors_count_fingerprints_without_a_bound_but_not_failed_ones() -> None
     ratio, error = found.over_prior_bound()
     assert ratio == pytest.approx(np.sqrt(7 / 5.25))
     assert error == pytest.approx(np.sqrt(7 / 5.25) * np.sqrt(62 / 2 / 3) / 14)
+    # One fingerprint has no scatter.
+    alone = dataclasses.replace(
+        found, bias=np.where(np.arange(4)[:, None] < 1, found.bias, np.nan)
+    )
+    ratio, error = alone.over_prior_bound()
+    assert ratio == pytest.approx(np.sqrt(1 / 5.25)) and np.isnan(error).all()
     # Of 1, 2, 3 and ∞, the middle two: √((4 + 9)/2) over the SNR.
     assert found.median_root_crb() == pytest.approx(np.sqrt(6.5) / 2)
 

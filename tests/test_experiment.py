@@ -1254,6 +1254,30 @@ def test_only_overwrite_replaces_maps(run: Run, inputs: Path) -> None:
             )
 
 
+def test_an_interrupted_overwrite_leaves_no_summary_of_earlier_maps(
+    run: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(run.folder, read(inputs, merged(TINY, MAP)))
+    mapped(run)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "write_status", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stages.map_run(
+            run, run.experiment.map, run.maps, overwrite=True, say=silent, progress=silent
+        )
+    assert not (run.maps / "summary.json").exists()
+
+
+def test_a_noise_that_nothing_uses_is_refused(run: Run, inputs: Path) -> None:
+    run = Run(run.folder, read(inputs, merged(TINY, MAP)))
+    section = run.experiment.map.model_copy(update={"errors": False, "noise_std": 0.1})
+    with pytest.raises(ExperimentError, match=r"got 0\.1 and neither of them"):
+        stages.map_run(run, section, run.folder / "other", say=silent, progress=silent)
+
+
 def test_fluid_is_shown_where_there_is_enough_of_it(run: Run, inputs: Path) -> None:
     content = merged(TINY, {"training": {"estimated": ["m0s", "T1"]}} | MAP)
     run = Run(run.folder, read(inputs, content))

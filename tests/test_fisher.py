@@ -610,6 +610,8 @@ def test_both_forms_over_draws_of_a_prior():
         each = np.diagonal(np.linalg.inv(data + prior), axis1=1, axis2=2)
         np.testing.assert_allclose(local, each.mean(axis=0), rtol=1e-10)
     assert (found.overall < found.local).all()
+    twice = fisher.prior_bounds(F, θ, ("a", "b", "c"), snr=[1.0, 5.0], known=["b", "b"])
+    np.testing.assert_array_equal(twice.overall, found.overall)
     one = found.select(["c"])
     np.testing.assert_array_equal(one.overall, found.overall[:, 1:])
     np.testing.assert_array_equal(one.spread, found.spread[1:])

@@ -12,7 +12,7 @@ import scipy.optimize
 
 import fisherprint as fp
 from fisherprint import evaluate, fisher, maps, sequence
-from fisherprint.fit import LeastSquares, Reason, least_squares
+from fisherprint.fit import Dictionary, LeastSquares, Reason, least_squares
 from fisherprint.fit.least_squares import projected
 from fisherprint.fit.minimize import Local, minimize
 from fisherprint.models import Fingerprints
@@ -452,6 +452,12 @@ def test_known_parameters_by_value_and_by_map(inversion):
     np.testing.assert_allclose(
         got[some, 0], [expected(k, efficiency[k]) for k in range(6)], rtol=1e-6
     )
+    # From several starts, and from those that are most alike, each voxel keeps its own value.
+    entries = Dictionary(model.names, theta, coefficients(model, basis, theta)[0])
+    for start in ([[1.0, 0.5], [3.0, 0.7]], entries):
+        from_others = LeastSquares(model, basis, start=start, inputs=["efficiency"])
+        # Where a search ends depends on where it began, within decision 031's 1e-6 √CRB.
+        np.testing.assert_allclose(from_others(np.column_stack([x, efficiency])), got, rtol=1e-6)
     by_value = LeastSquares(model, basis, start=[1.0, 0.5], known={"efficiency": 0.9})
     np.testing.assert_allclose(by_value(x[some])[:, 0], [expected(k, 0.9) for k in range(6)],
                                rtol=1e-6)  # fmt: skip
@@ -685,6 +691,7 @@ def test_a_wide_prior_says_nothing(two_pool):
         ({"bounds": {"T3": (0, 1)}}, KeyError, "known are T1, efficiency"),
         ({"estimated": ["T3"]}, KeyError, "unknown parameter"),
         ({"estimated": ["T1"], "known": {"T1": 1.0}}, KeyError, "known are efficiency"),
+        ({"estimated": ["T1", "T1"]}, ValueError, "each estimated parameter once; got T1, T1"),
         ({"known": {"T1": 20.0}}, ValueError, r"expected T1 in \[0.05, 10\]; got 20"),
         ({"known": {"T1": 1.0}, "inputs": ["T1"]}, ValueError, "each known parameter once"),
         ({"inputs": ["T1", "efficiency"]}, ValueError, "not all of T1, efficiency"),
@@ -696,6 +703,7 @@ def test_a_wide_prior_says_nothing(two_pool):
         ({"prior": {"T1": (1.0, 1.0)}, "known": {"T1": 1.0}}, KeyError, "known are efficiency"),
         ({"prior": {"T1": (1.0, 0.5)}}, ValueError, "expected a noise_std, against which"),
         ({"prior": {"T1": (1.0, 0.0)}}, ValueError, "standard deviation of T1's prior must be"),
+        ({"prior": {"T1": (np.nan, 1.0)}}, ValueError, "mean of T1's prior must be finite"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be a positive"),
         ({"basis": fp.Basis(np.eye(9, 3))}, ValueError, "model's 16 time points; got 9"),
     ],

@@ -230,6 +230,14 @@ def test_what_is_known_by_a_map_is_known_voxel_by_voxel(
         noise_std=100 * STD,
     )
     np.testing.assert_allclose(by_map["T1"], by_value["T1"], rtol=1e-5)
+    asked = section(
+        images, known={"B1": images.parent / "truth" / "B1.nii.gz"}, noise_std=100 * STD
+    )
+    start = images.parent / "truth"
+    stages.fit_run(run, asked, tmp_path / "asked", start=start, say=silent, progress=silent)
+    assert not (tmp_path / "asked" / "B1.nii.gz").exists()
+    found = nibabel.load(tmp_path / "asked" / "T1.nii.gz").dataobj
+    np.testing.assert_array_equal(np.asarray(found), by_map["T1"])
     free = fitted(run, images, tmp_path / "free", known={}, noise_std=100 * STD)
     # One unknown more raises every bound; the estimates at which it is taken differ a little.
     assert np.nanmedian(free["m0s_std"] / by_value["m0s_std"]) > 1

@@ -165,6 +165,10 @@ def test_shares_cross_where_the_lines_of_the_figure_do() -> None:
     # Log-linear pieces: 10·√10 on the first; on the second from 10 to 0.1, half way.
     np.testing.assert_allclose(evaluate.crossings(snr, shares), [10**1.5, 10**2.5])
     assert evaluate.crossings(snr, Shares(np.full(4, 0.2), np.ones(4))) == ()
+    # A level without a share, or with one of zero, hides no crossing beside it.
+    for gap in (np.nan, 0.0):
+        parts = Shares(np.array([0.1, gap, 10.0]), np.ones(3))
+        np.testing.assert_allclose(evaluate.crossings(np.array([1.0, 10.0, 100.0]), parts), [10.0])
 
 
 def test_the_interval_is_students() -> None:

@@ -121,6 +121,7 @@ def test_in_place_and_away_again(folder: Path) -> None:
     for name, about in (("B1", {"Unit": ""}), ("coefficients", {"Parameter": "c"})):
         nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE), AFFINE), folder / f"{name}.nii.gz")
         files.write_json(folder / f"{name}.json", about)
+    (folder / "notes.json").write_text("[1, 2]")
     # Where new maps are written, no others must stay beside them.
     (new,) = files.write_maps(
         Maps(("B0",), np.zeros((*SHAPE, 1)), np.ones(SHAPE, bool), 0),
@@ -132,7 +133,7 @@ def test_in_place_and_away_again(folder: Path) -> None:
     files.keep_maps([new])
     assert {path.name for path in folder.iterdir()} == {
         *("B1.nii.gz", "B1.json", "coefficients.nii.gz", "coefficients.json", "summary.json"),
-        *("B0.nii.gz", "B0.json"),
+        *("B0.nii.gz", "B0.json", "notes.json"),
     }
 
 

@@ -365,6 +365,7 @@ def _write(
         *(found["iterations"], found["reason"]),
     )
     write(list(_BESIDE), np.column_stack(beside))
+    (out / "summary.json").unlink(missing_ok=True)  # of earlier maps
     written.append(files.write_status(status, out, volume=volume, provenance=provenance))
     files.keep_maps(written)
 
