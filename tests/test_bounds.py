@@ -150,6 +150,37 @@ def test_a_table_in_closed_form():
     assert bounds.table(models, {"slow": (3.0, 0.0)}, **rest).cycles == (3.0, 1.0)
 
 
+def test_records_are_the_numbers_of_the_table():
+    # The first train does not see T1, the second sees both.
+    parameters = (fp.Parameter("T1", "", "s", (0, 9)), fp.Parameter("B0", "", "rad/s", (-99, 99)))
+    table = bounds.BoundTable(
+        trains=("blind", "sharp"),
+        tissues=("x",),
+        parameters=parameters,
+        known=(),
+        theta=np.array([[2.0, -4.0]]),
+        signal=np.array([[[np.inf, 1.0]], [[0.5, 3.0]]]),
+        coefficients=None,
+        rank=None,
+        basis_method=None,
+        confounded={("blind", "x"): (("T1",),), ("sharp", "x"): ()},
+        snr=50.0,
+        scan_time=18.0,
+        durations=(2.0, 6.0),
+    )
+    columns = ("train", "parameter", "unit", "value", "seen", "root_crb", "relative")
+    found = [
+        tuple(record[name] for name in (*columns, "ratio_to_first", "scan_time_s"))
+        for record in table.records()
+    ]
+    assert found == [
+        ("blind", "T1", "s", 2.0, False, None, None, None, 18.0),
+        ("blind", "B0", "rad/s", -4.0, True, 1.0, 0.25, 1.0, 18.0),
+        ("sharp", "T1", "s", 2.0, True, 0.5, 0.25, None, 18.0),
+        ("sharp", "B0", "rad/s", -4.0, True, 3.0, 0.75, 3.0, 18.0),
+    ]
+
+
 def test_a_table_refuses_what_does_not_fit_together(model, theta, basis):
     one = {"tissues": {"prior": theta[1]}, "durations": {"a": 1.0, "b": 1.0}, "snr": 50}
     with pytest.raises(ValueError, match=r"the same parameters for each train, m0s.* for 'b'"):

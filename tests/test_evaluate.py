@@ -113,6 +113,22 @@ def test_an_estimator_drawn_from_the_bound_scores_1_at_every_scale() -> None:
     np.testing.assert_allclose(score.standard_error, expected / np.sqrt(2), rtol=0.2)
 
 
+def test_every_phase_of_m0_is_met_at_every_scale() -> None:
+    seen = []
+
+    def estimator(c: np.ndarray) -> np.ndarray:
+        seen.append(c[..., 0].ravel() / PROBLEM.BIG)
+        return np.broadcast_to(TEST.theta[:, None], (*c.shape[:-1], 2))
+
+    loss_over_scales(estimator, TEST, n_noise=50, noise_std=1e-9, rng=np.random.default_rng(8))
+    m0 = np.concatenate(seen)
+    # Means of cos and sin of 20,000 uniform angles: standard error 1/√40000 each.
+    assert abs(np.mean(m0 / np.abs(m0))) < 5 / 200
+    # Uniform from 0.1 to 1.
+    assert np.abs(m0).min() == pytest.approx(0.1, abs=0.01)
+    assert np.abs(m0).mean() == pytest.approx(0.55, abs=5 * 0.26 / np.sqrt(m0.size))
+
+
 def test_scale_range_and_noise_matter_as_in_the_bound() -> None:
     """A fixed error e scores E|M0|² e²/(σ² CRB): for |M0| ~ U(a, b), E|M0|² = (a² + ab + b²)/3."""
     result = loss_over_scales(

@@ -175,6 +175,52 @@ def test_automatic_mask_takes_nan_and_inf_for_background():
     np.testing.assert_array_equal(automatic_mask(coefficients), disc)
 
 
+def test_automatic_mask_finds_a_small_object_in_an_empty_volume():
+    # 0.5 % of the voxels: a percentile of all would be zero.
+    brain = ball((40, 42, 20), (18, 20, 10), 3)
+    assert brain.mean() < 0.005
+    np.testing.assert_array_equal(automatic_mask(brain[..., None] * np.ones(3) + 0j), brain)
+
+
+def test_automatic_mask_looks_at_a_thousandth_of_the_signal_and_no_deeper():
+    disc = ball((40, 42), (20, 20), 8)
+    # Empty here, rounding errors there: 1e-5 and 0 are both nothing.
+    signal = np.where(disc, 1.0, 0.0)
+    signal[:, :18] = np.maximum(signal[:, :18], 1e-5)
+    np.testing.assert_array_equal(automatic_mask(signal[..., None] * np.ones(3) + 0j), disc)
+    # A rim of a twentieth belongs to the object.
+    signal = np.where(ball((40, 42), (20, 20), 12), np.where(disc, 1.0, 0.05), 0.0)
+    found = automatic_mask(signal[..., None] * np.ones(3) + 0j)
+    np.testing.assert_array_equal(found, signal > 0)
+
+
+@pytest.mark.parametrize(("contrast", "apart"), [(3.5, False), (4.5, True)])
+def test_automatic_mask_takes_less_than_fourfold_contrast_for_tissue(contrast, apart):
+    disc = ball((40, 42), (20, 20), 12)
+    signal = np.where(disc, 1.0, 1 / contrast)
+    found = automatic_mask(signal[..., None] * np.ones(3) + 0j)
+    np.testing.assert_array_equal(found, disc if apart else np.ones_like(disc))
+
+
+@pytest.mark.parametrize(("share", "counts"), [(0.15, False), (0.25, True)])
+def test_white_matter_is_the_mode_of_largest_m0s_from_a_fifth_of_the_highest_on(share, counts):
+    # In the middle of their bins.
+    grey, white = (0.1025, 1.5125), (0.2025, 1.0125)
+    around = [
+        (white[0] * a, white[1] * b) for a, b in ((0.81, 1), (1.195, 1), (1, 0.905), (1, 1.095))
+    ]
+    beyond = [
+        (white[0] * a, white[1] * b) for a, b in ((0.79, 1), (1.21, 1), (1, 0.895), (1, 1.105))
+    ]
+    pairs = [grey] * 1000 + [white] * round(1000 * share) + around + beyond
+    found = maps.white_matter(*np.array(pairs).T)
+    expected = [counts] * (round(1000 * share) + 4) if counts else [False] * len(pairs)
+    if counts:
+        np.testing.assert_array_equal(found, [False] * 1000 + expected + [False] * 4)
+    else:
+        np.testing.assert_array_equal(found, [True] * 1000 + expected[1000:])
+
+
 def test_automatic_mask_needs_signal():
     with pytest.raises(ValueError, match="needs signal"):
         automatic_mask(np.zeros((3, 3, 2), complex))

@@ -204,6 +204,12 @@ def test_fields_span_what_is_seen_at_3_tesla_and_are_smooth(slab):
     for axis in range(3):
         assert np.nanmax(np.abs(np.diff(b0, axis=axis))) < 20
         assert np.nanmax(np.abs(np.diff(b1, axis=axis))) < 0.03
+    # So is the phase of M0, which turns by radians over the head.
+    phase = np.angle(slab.m0)
+    along = np.angle(slab.m0[:, 1:] * slab.m0[:, :-1].conj())[slab.mask[:, 1:] & slab.mask[:, :-1]]
+    size = slab.affine[1, 1]
+    np.testing.assert_allclose(along, 1.2 / 88 * size, rtol=1e-6)
+    assert np.ptp(phase[slab.mask]) > 1.5
     peak = np.unravel_index(np.nanargmax(b1), b1.shape)
     assert np.linalg.norm(slab.affine[:3, :3] @ peak + slab.affine[:3, 3] - (0, -18, 8)) < 10
     # The frontal sinus is the strongest inhomogeneity.

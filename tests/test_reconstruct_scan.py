@@ -208,6 +208,19 @@ def test_espirit_leaves_the_background_out():
         coils.espirit(np.zeros((2, 4, 4, 1), np.complex64), matrix)
 
 
+def test_coils_of_the_scan_see_what_is_near():
+    maps = scanning.coil_sensitivities((16, 16, 1), 4)
+    np.testing.assert_allclose((np.abs(maps) ** 2).sum(0), 1, rtol=1e-5)
+    # The first coil is at x = 1.3, the third opposite (three quarters of a turn each).
+    middle, beside = np.abs(maps[0, 8, 8, 0]), np.abs(maps[0, 15, 8, 0])
+    opposite = np.abs(maps[2, 15, 8, 0])
+    assert middle == pytest.approx(0.5, rel=1e-5)
+    # 1/(0.3 + d²) at distances of 1.3 - 7/8 and 1.3 + 7/8.
+    assert beside / opposite == pytest.approx(
+        (0.3 + (1.3 + 7 / 8) ** 2) / (0.3 + (1.3 - 7 / 8) ** 2), rel=1e-5
+    )
+
+
 # Files.
 
 

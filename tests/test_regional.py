@@ -205,6 +205,11 @@ def test_what_does_not_fit_is_refused(maps: Path, labels: np.ndarray, tmp_path: 
     moved[0, 3] += 2
     said = refused("-o", table, "--labels", save(tmp_path / "moved.nii.gz", labels, moved))
     assert "lie up to 2 mm from theirs" in said
+    # The same first voxel, and another size: 5 steps along x, a millimetre each.
+    larger = AFFINE.copy()
+    larger[0, 0] += 1
+    said = refused("-o", table, "--labels", save(tmp_path / "larger.nii.gz", labels, larger))
+    assert "lie up to 5 mm from theirs" in said
     said = refused("-o", table, "--labels", save(tmp_path / "small.nii.gz", labels[1:]))
     assert "(X=6, Y=5, Z=4); got the shape (5, 5, 4)" in said
     said = refused("-o", table, "--labels", save(tmp_path / "half.nii.gz", labels * 0.5))

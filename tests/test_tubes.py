@@ -51,6 +51,14 @@ def test_tubes_are_discs_of_one_mixture_each(size):
         x, y = (tubes.affine[:3] @ [*np.argwhere(inside).mean(0), 1])[:2]
         # The centre of all voxels of a disc: symmetric up to single voxels on its edge.
         assert np.hypot(x, y) == pytest.approx(40, abs=0.1 * size)
+    # B1 falls from 1.1 in the middle with the square of the distance, by 0.3 at 64 mm.
+    b1 = tubes.theta[..., NAMES.index("B1")]
+    assert np.nanmean(b1) == pytest.approx(1.1 - 0.3 * (40**2 + 14**2 / 2) / 64**2, abs=2e-3)
+    # M0 turns by 0.8 rad over 64 mm to the right.
+    along = np.angle(tubes.m0[1:] * tubes.m0[:-1].conj())[
+        (tubes.labels[1:] > 0) & (tubes.labels[:-1] > 0)
+    ]
+    np.testing.assert_allclose(along, 0.8 / 64 * size, rtol=1e-9)
     reordered = digital_tubes(("B1", "T1"), voxel_size=size)
     assert np.array_equal(reordered.theta, tubes.theta[..., [6, 1]], equal_nan=True)
 
