@@ -248,6 +248,34 @@ def test_too_long_a_step_is_an_error_that_carries_the_last_good_state():
     assert np.isfinite(caught.value.state.images).all()
 
 
+def test_fista_is_its_recursion_with_the_momenta_of_beck_and_teboulle():
+    # A diagonal operator and no prior: every number for itself. t = 1, (1+√5)/2, 2.194, 2.750.
+    eigenvalues = np.linspace(0.1, 1.0, 8).reshape(1, 2, 2, 2)
+    right, step = np.ones((1, 2, 2, 2), np.complex64), 0.9
+    states = solve.fista(lambda x: eigenvalues * x, right, lambda x, *_: x, step=step)
+    before = z = np.zeros((1, 2, 2, 2))
+    for share in (0.0, (1.6180340 - 1) / 2.1935268, (2.1935268 - 1) / 2.7497902):
+        x = z + step * (1 - eigenvalues * z)
+        # Single precision.
+        np.testing.assert_allclose(next(states).images, x, rtol=1e-6)
+        before, z = x, x + share * (x - before)
+
+
+def test_conjugate_gradients_whose_residual_grows_tenfold_end():
+    right = np.ones((1, 2, 2, 2), np.complex64)
+    right[0, 0, 0] = 2
+    # Positive, and far from symmetric: directions that are no longer conjugate.
+    signs = np.array([1, -1], np.float32).reshape(1, 2, 1, 1)
+
+    def skew(x):
+        return x + 40 * signs * np.roll(x, 1, axis=1)
+
+    with pytest.raises(solve.DivergenceError, match="Stop earlier, or regularize") as caught:
+        for state in solve.conjugate_gradients(skew, right):
+            assert state.iteration < 50
+    assert caught.value.state.residual < 10
+
+
 def test_an_operator_that_is_not_positive_stops_conjugate_gradients():
     right = np.ones((1, 2, 2, 2), np.complex64)
     with pytest.raises(solve.DivergenceError, match="positive operator; got the curvature -8"):
@@ -302,6 +330,9 @@ def test_scaling_is_the_percentile_or_the_maximum():
     assert solve.scaling(ramp) == 900
     peaked = np.r_[ramp, 1e4].astype(np.complex64)
     assert solve.scaling(peaked) == 1e4
+    # On both sides of max = p90 + 2 (p90 - median) = 1700.
+    for highest, expected in ((1690.0, 900.0), (1710.0, 1710.0)):
+        assert solve.scaling(np.r_[ramp[:-1], highest].astype(np.complex64)) == expected
 
 
 def _koosh(n=16, T=12, S=4):
