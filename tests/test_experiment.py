@@ -992,7 +992,7 @@ def test_beside_estimates_are_error_bars_scale_misfit_and_status(
     text = stages.report_run(shown).read_text()
     assert "Error bars" in text and "(from: given)" in text
     # Without, none of these are left, and the status is that of the estimates.
-    bare = section.model_copy(update={"errors": False})
+    bare = section.model_copy(update={"errors": False, "noise_std": None})
     stages.map_run(run, bare, run.maps, overwrite=True, say=silent, progress=silent)
     left = {path.name.split(".")[0] for path in run.maps.glob("*.json")}
     assert left == {"m0s", "T2f", "status", "summary"}
