@@ -992,7 +992,7 @@ def test_beside_estimates_are_error_bars_scale_misfit_and_status(
     text = stages.report_run(shown).read_text()
     assert "Error bars" in text and "(from: given)" in text
     # Without, none of these are left, and the status is that of the estimates.
-    bare = section.model_copy(update={"errors": False, "noise_std": None})
+    bare = section.model_copy(update={"errors": False})
     stages.map_run(run, bare, run.maps, overwrite=True, say=silent, progress=silent)
     left = {path.name.split(".")[0] for path in run.maps.glob("*.json")}
     assert left == {"m0s", "T2f", "status", "summary"}
@@ -1269,13 +1269,6 @@ def test_an_interrupted_overwrite_leaves_no_summary_of_earlier_maps(
             run, run.experiment.map, run.maps, overwrite=True, say=silent, progress=silent
         )
     assert not (run.maps / "summary.json").exists()
-
-
-def test_a_noise_that_nothing_uses_is_refused(run: Run, inputs: Path) -> None:
-    run = Run(run.folder, read(inputs, merged(TINY, MAP)))
-    section = run.experiment.map.model_copy(update={"errors": False, "noise_std": 0.1})
-    with pytest.raises(ExperimentError, match=r"got 0\.1 and neither of them"):
-        stages.map_run(run, section, run.folder / "other", say=silent, progress=silent)
 
 
 def test_fluid_is_shown_where_there_is_enough_of_it(run: Run, inputs: Path) -> None:

@@ -176,11 +176,6 @@ def map_run(
             "expected the noise_std of the images for a network with snr_input; got None, and "
             f"{trained.folder} has snr_input = True. Measure it in a region without signal."
         )
-    if section.noise_std is not None and not (section.errors or config.snr_input):
-        raise ExperimentError(
-            "expected a noise_std for error bars or for a network with snr_input; got "
-            f"{section.noise_std:g} and neither of them. Leave it out, or ask for error bars."
-        )
     schema.require_maps("the network's inputs", config.inputs, section.known)
     if config.inputs or config.snr_input:
         told = [model.parameters[model.index(name)] for name in config.inputs]
