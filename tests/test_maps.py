@@ -212,13 +212,12 @@ def test_white_matter_is_the_mode_of_largest_m0s_from_a_fifth_of_the_highest_on(
     beyond = [
         (white[0] * a, white[1] * b) for a, b in ((0.79, 1), (1.21, 1), (1, 0.895), (1, 1.105))
     ]
-    pairs = [grey] * 1000 + [white] * round(1000 * share) + around + beyond
+    n_white = round(1000 * share)
+    pairs = [grey] * 1000 + [white] * n_white + around + beyond
     found = maps.white_matter(*np.array(pairs).T)
-    expected = [counts] * (round(1000 * share) + 4) if counts else [False] * len(pairs)
-    if counts:
-        np.testing.assert_array_equal(found, [False] * 1000 + expected + [False] * 4)
-    else:
-        np.testing.assert_array_equal(found, [True] * 1000 + expected[1000:])
+    is_white = [False] * 1000 + [True] * (n_white + 4) + [False] * 4
+    is_grey = [True] * 1000 + [False] * (n_white + 8)
+    np.testing.assert_array_equal(found, is_white if counts else is_grey)
 
 
 def test_automatic_mask_needs_signal():
