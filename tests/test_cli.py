@@ -533,7 +533,10 @@ def test_an_error_in_any_stage_leaves_the_run_resumable(
 def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated run of more epochs than anybody waits for, so that there is one to interrupt."""
     folder = tmp_path_factory.mktemp("long")
-    text = TINY.replace("training = 256", "training = 512").replace("epochs = 2", ENDLESS)
+    # The network is an average, whose weights and those it goes on from are both kept.
+    text = TINY.replace("training = 256", "training = 512").replace(
+        "epochs = 2", f"{ENDLESS}\naverage_steps = 5"
+    )
     experiment = write_experiment(folder, text.replace("batch_size = 64", "batch_size = 32"))
     done("simulate", experiment, "-o", folder / "run")
     return folder / "run"

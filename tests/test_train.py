@@ -445,6 +445,38 @@ def test_resuming_repeats_the_uninterrupted_run(tiny_run: list[tuple[Epoch, Stat
     assert run(CONFIG, state=rest[-1][1]) == []
 
 
+@pytest.mark.parametrize("normalization", ["group", "batch"])
+def test_the_network_may_be_an_average_of_the_last_steps(normalization: str) -> None:
+    # An epoch is one step.
+    config = CONFIG.model_copy(
+        update={"batch_size": 48, "epochs": 5, "normalization": normalization}
+    )
+    plain = run(config)
+    config = config.model_copy(update={"average_steps": 3})
+    whole = run(config)
+    for (_, state), (_, other) in zip(whole, plain, strict=True):
+        assert all(torch.equal(state.last[name], w) for name, w in other.weights.items())
+    for name, weight in whole[-1][1].weights.items():
+        steps = [state.weights[name] for _, state in plain]
+        if not weight.is_floating_point():
+            assert torch.equal(weight, steps[-1])
+            continue
+        expected = torch.stack(steps[:3]).mean(dim=0)
+        for step in steps[3:]:
+            expected = expected + (step - expected) / 3
+        # Sums in single precision.
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+    # The average is validated.
+    assert whole[0][0].validation_loss == plain[0][0].validation_loss
+    assert whole[-1][0].train_loss == plain[-1][0].train_loss
+    assert whole[-1][0].validation_loss != plain[-1][0].validation_loss
+    head = run(config.model_copy(update={"epochs": 2}))
+    rest = run(config, state=head[-1][1])
+    assert outcome(head + rest) == outcome(whole)
+    for name, weight in whole[-1][1].weights.items():
+        assert torch.equal(rest[-1][1].weights[name], weight)
+
+
 CHANGES = {
     "estimated": ("w",),
     "inputs": ("w",),
@@ -461,6 +493,7 @@ CHANGES = {
     "warmup_steps": 0,
     "halve_every": 2,
     "learning_rate_floor": 0.008,
+    "average_steps": 4,
     "scale_range": (0.5, 1.0),
     "noise_std": 0.02,
     "precision": "bfloat16",

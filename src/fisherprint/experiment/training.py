@@ -120,6 +120,7 @@ def train_run(
         if ranks.rank == 0:
             tensors = {f"weights/{key}": value for key, value in state.weights.items()}
             tensors |= {f"moments/{key}": value for key, value in state.moments.items()}
+            tensors |= {f"last/{key}": value for key, value in state.last.items()}
             content = {
                 "epochs": state.epochs,
                 "config": state.config.model_dump(mode="json"),
@@ -186,7 +187,8 @@ def _read_state(run: Run, dataset_sha256: str) -> tuple[train.State, str | None]
     def under(prefix: str) -> dict[str, Any]:
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-    state = train.State(content["epochs"], before, under("weights/"), under("moments/"))
+    parts = (under(prefix) for prefix in ("weights/", "moments/", "last/"))
+    state = train.State(content["epochs"], before, *parts)
     return state, content.get("start_sha256")
 
 

@@ -74,6 +74,11 @@ class TrainingConfig(BaseModel):
     learning_rate_floor: float = Field(
         default=1e-5, ge=0, description="the learning rate stops here"
     )
+    average_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps over which the network's weights are averaged; 0 takes the last ones",
+    )
     scale_range: tuple[float, float] = Field(
         default=(0.1, 1.0), description="limits of the uniformly drawn |M0|"
     )

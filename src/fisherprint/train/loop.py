@@ -7,12 +7,14 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.optim import Adam
+from torch.optim.swa_utils import AveragedModel
 
 from fisherprint import _checks, inference
 from fisherprint.network import Network
@@ -77,12 +79,14 @@ class State:
         weights: the network's `state_dict`; `Network.from_weights` makes the network.
         moments: Adam's tensors, keyed `<number of the weight>.<name>`; empty before the first
             epoch.
+        last: where `weights` are an average, those of the last step, from which Adam goes on.
     """
 
     epochs: int
     config: TrainingConfig
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    last: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class DivergedError(ArithmeticError):
@@ -143,6 +147,8 @@ def train(
     config = _with_possible(config, state, device)
     ranks.require_shares(len(training.theta), config)
     network, optimizer, state = _begin(training, validation, config, start, state, device)
+    n_steps = math.ceil(len(training.theta) / config.fingerprints)
+    averaged = _averaged(network, state, config, n_steps) if config.average_steps else None
     losses, products = _losses(network, config), getattr(torch, config.precision)
     step_layers = network.from_features
     if config.compiled:
@@ -156,7 +162,7 @@ def train(
     for number in range(state.epochs + 1, config.epochs + 1):
         began = time.perf_counter()
         n_samples, total = len(clean[0]), torch.zeros((), device=device)
-        first = 1 + (number - 1) * math.ceil(n_samples / config.fingerprints)
+        first = 1 + (number - 1) * n_steps
         generator = _generator(config.seed, number, device=device)
         network.train()
         for step, batch in enumerate(batches(clean, config, generator), start=first):
@@ -175,14 +181,18 @@ def train(
             rate = config.learning_rate_at(number, step)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
+            if averaged is not None:
+                averaged.update_parameters(network)
             total += loss.detach() * len(batch[0]) / ranks.size
 
         train_loss = float(ranks.sum(total)) / n_samples
-        validated = _validate(network.eval(), losses, held_out, noisy, config, ranks)
+        result = network if averaged is None else cast(Network, averaged.module)
+        validated = _validate(result.eval(), losses, held_out, noisy, config, ranks)
         for value in (train_loss, validated[config.loss]):
             if not math.isfinite(value):
                 raise DivergedError(number, value, state)
-        state = _snapshot(number, config, network, optimizer)
+        last = {} if averaged is None else network.state_dict()
+        state = _snapshot(number, config, result, optimizer, last)
         seconds, steps = time.perf_counter() - began, step - first + 1
         yield (
             Epoch(number, train_loss, validated[config.loss], validated, rate, seconds, steps),
@@ -260,6 +270,7 @@ def _beginning(clean: Tensors, config: TrainingConfig, state: State) -> dict[str
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Several = tuple[Tensor, ...] | list[Tensor]
 
 
 def _losses(network: Network, config: TrainingConfig) -> dict[str, _Loss]:
@@ -298,7 +309,7 @@ def _begin(
         if start is not None:
             raise ValueError("expected a start or a state to resume; got both. Drop one.")
         _require_same(state.config, config)
-        network = Network.from_weights(state.weights)
+        network = Network.from_weights(state.last or state.weights)
         if network.rank != rank:
             raise ValueError(
                 f"expected coefficients of rank {network.rank}, which the resumed network takes; "
@@ -322,7 +333,7 @@ def _begin(
     network.to(device)
     optimizer = Adam(network.parameters(), lr=config.learning_rate, fused=config.compiled)
     if state is None:
-        return network, optimizer, _snapshot(0, config, network, optimizer)
+        return network, optimizer, _snapshot(0, config, network, optimizer, {})
     by_weight: dict[int, dict[str, Tensor]] = {}
     for key, tensor in state.moments.items():
         index, name = key.split(".")
@@ -368,14 +379,44 @@ def _require_same(before: TrainingConfig, now: TrainingConfig) -> None:
         )
 
 
-def _snapshot(epochs: int, config: TrainingConfig, network: Network, optimizer: Adam) -> State:
+def _averaged(
+    network: Network, state: State, config: TrainingConfig, n_steps: int
+) -> AveragedModel:
+    """The mean of the weights of all steps, or of about the last `average_steps` (decision 044).
+
+    Each step moves it by 1/min(n, average_steps) of the way to the weights, n counting the steps.
+    """
+
+    @torch.no_grad()
+    def move(mean: _Several, weights: _Several, n: Tensor | int) -> None:
+        if mean[0].is_floating_point():
+            torch._foreach_lerp_(mean, weights, 1 / min(int(n) + 1, config.average_steps))
+        else:  # whether and how often, which have no mean
+            torch._foreach_copy_(mean, weights)
+
+    averaged = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
+    if state.epochs:
+        averaged.module.load_state_dict(state.weights)
+        averaged.n_averaged.fill_(state.epochs * n_steps)
+    return averaged
+
+
+def _snapshot(
+    epochs: int,
+    config: TrainingConfig,
+    network: Network,
+    optimizer: Adam,
+    last: Mapping[str, Tensor],
+) -> State:
     weights = {name: _copy(tensor) for name, tensor in network.state_dict().items()}
     moments = {
         f"{index}.{name}": _copy(tensor)
         for index, tensors in optimizer.state_dict()["state"].items()
         for name, tensor in tensors.items()
     }
-    return State(epochs, config, weights, moments)
+    return State(
+        epochs, config, weights, moments, {name: _copy(tensor) for name, tensor in last.items()}
+    )
 
 
 def _copy(tensor: Tensor) -> Tensor:
