@@ -29,8 +29,8 @@ from fisherprint import _threads
 Floats = NDArray[np.float32]
 Precision = Literal["float32", "bfloat16"]
 
-# Voxels at once: their activations, 2 MB in the widest layer, stay in the cache of a core.
-_CHUNK = 512
+# Voxels at once: their activations, 3 MB in the widest layer, stay in the cache of a core.
+_CHUNK = 768
 # Layers whose widths both reach this do four fifths of all multiplications, in the middle of the
 # network. Rounding to 8 bits hurts in those before and after them.
 _ROUNDED = 512
@@ -175,29 +175,34 @@ def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[
     """Add bias and skip to y, in place, and x = ReLU(scale·y/rms + shift), rms that of a group."""
     n_rows, width = y.shape
     size = group if group > 0 else width
+    n_groups = width // size
+    # Three passes over a row: one group after the other would wait for each square root.
+    factor = np.ones(n_groups, dtype=np.float32)
     for row in range(n_rows):
-        for start in range(0, width, size):
-            part = slice(start, start + size)
-            # Indices from zero on: the compiler vectorizes these loops alone.
-            of_y, of_x, of_bias = y[row, part], x[row, part], bias[part]
-            of_scale, of_shift = scale[part], shift[part]
-            square = np.float32(0)
-            if skip is None:
+        of_y = y[row]
+        if skip is None:
+            for i in range(width):
+                of_y[i] += bias[i]
+        else:
+            of_skip = skip[row]
+            for i in range(width):
+                of_y[i] += bias[i] + of_skip[i]
+        if group > 0:
+            for g in range(n_groups):
+                # Indices from zero on: the compiler vectorizes these loops alone.
+                part = y[row, g * size : (g + 1) * size]
+                square = np.float32(0)
                 for i in range(size):
-                    value = of_y[i] + of_bias[i]
-                    of_y[i] = value
-                    square += value * value
-            else:
-                of_skip = skip[row, part]
-                for i in range(size):
-                    value = of_y[i] + of_bias[i] + of_skip[i]
-                    of_y[i] = value
-                    square += value * value
-            factor = np.float32(1)
-            if group > 0:
-                factor = np.float32(1 / np.sqrt(square / size + epsilon))
+                    square += part[i] * part[i]
+                factor[g] = square
+            for g in range(n_groups):
+                factor[g] = 1 / np.sqrt(factor[g] / np.float32(size) + np.float32(epsilon))
+        for g in range(n_groups):
+            of_group = slice(g * size, (g + 1) * size)
+            of_y, of_x = y[row, of_group], x[row, of_group]
+            of_scale, of_shift = scale[of_group], shift[of_group]
             for i in range(size):
-                value = factor * of_y[i] * of_scale[i] + of_shift[i]
+                value = factor[g] * of_y[i] * of_scale[i] + of_shift[i]
                 # NaN is not below 0: it stays.
                 of_x[i] = np.float32(0) if value < 0 else value
 
