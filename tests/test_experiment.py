@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,17 @@ import scipy.io
 import torch
 from pydantic import BaseModel, ValidationError
 
-from fisherprint import evaluate, files, fisher, fit, inference, maps, report, sequence
+from fisherprint import (
+    _storage,
+    evaluate,
+    files,
+    fisher,
+    fit,
+    inference,
+    maps,
+    report,
+    sequence,
+)
 from fisherprint import experiment as stages
 from fisherprint.error_bars import ErrorBars, Noise
 from fisherprint.experiment import BasisMismatchError, Experiment, ExperimentError, Run
@@ -660,6 +671,18 @@ def test_a_checkpoint_goes_on_with_its_own_data_set_alone(run: Run, inputs: Path
     files.write_checkpoint(run.checkpoint, tensors, content)
     stages.train_run(other, resume=True, say=silent, progress=silent)
     assert stages.load_network(other)[1]["losses"]["epochs"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_one_process_at_a_time_simulates_and_trains(run: Run) -> None:
+    checkpoint = run.checkpoint.read_bytes()
+    with _storage.locked(run.folder):
+        with pytest.raises(BlockingIOError, match="another one is at work there"):
+            stages.simulate_run(run, progress=silent)
+        with pytest.raises(BlockingIOError, match="another one is at work there"):
+            stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
+    assert run.checkpoint.read_bytes() == checkpoint
+    stages.train_run(run, resume=True, say=silent, progress=silent)
 
 
 def test_a_forced_training_removes_what_the_old_one_gave(run: Run, inputs: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from concurrent.futures import Executor
 from pathlib import Path
 
-from fisherprint import files, simulate
+from fisherprint import _storage, files, simulate
 from fisherprint.experiment.folder import (
     Progress,
     Run,
@@ -26,38 +26,43 @@ def simulate_run(run: Run, *, executor: Executor | None = None, progress: Progre
         run: where the data set goes, and until it is complete its shards.
         executor: who computes; threads on all cores of this process if None.
         progress: told how many fingerprints are done.
+
+    Raises:
+        BlockingIOError: another process is at work on this run.
     """
     train, simulation, basis = _simulation(run)
-    folder = run.shards / _identity(train, simulation, basis)
-    crb_weight = basis.weight if isinstance(basis, CrbSvd) else None
-    with simulate.workers(executor) as pool:
-        if not isinstance(basis, Basis):
-            basis = _kept_basis(folder / "basis.h5", simulation, basis, pool, progress)
-        every = [shard for split in simulate.SPLITS for shard in simulation.shards(split)]
-        missing = [shard for shard in every if not _is_kept(folder, shard)]
-        for part in simulate.reduce(simulation, basis, missing, pool, progress):
-            files.write_shard(_shard_file(folder, part.shard), part)
-    paths = {
-        split: [_shard_file(folder, shard) for shard in simulation.shards(split)]
-        for split in simulate.SPLITS
-    }
-    known = run.experiment.training.inputs
-    columns = [simulation.model.index(name) for name in known]
-    held = energy = 0.0
-    for split in simulate.SPLITS:
-        found = []
-        for path in paths[split]:
-            part = files.read_shard(path)
-            found.append(simulate.finite(part.reduced, columns))
-            if split == "training":
-                held += simulate.total_energy(part.reduced.coefficients)
-                energy += part.energy
-        simulate.require_determined(simulation, basis, split, found, known=known)
-    head = simulate.DataSet(simulation.model.names, basis, {}, held / energy, crb_weight)
-    files.assemble_dataset(
-        run.dataset, paths, head, train, seed=simulation.seed, versions=versions()
-    )
-    shutil.rmtree(run.shards)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with _storage.locked(run.folder):
+        folder = run.shards / _identity(train, simulation, basis)
+        crb_weight = basis.weight if isinstance(basis, CrbSvd) else None
+        with simulate.workers(executor) as pool:
+            if not isinstance(basis, Basis):
+                basis = _kept_basis(folder / "basis.h5", simulation, basis, pool, progress)
+            every = [shard for split in simulate.SPLITS for shard in simulation.shards(split)]
+            missing = [shard for shard in every if not _is_kept(folder, shard)]
+            for part in simulate.reduce(simulation, basis, missing, pool, progress):
+                files.write_shard(_shard_file(folder, part.shard), part)
+        paths = {
+            split: [_shard_file(folder, shard) for shard in simulation.shards(split)]
+            for split in simulate.SPLITS
+        }
+        known = run.experiment.training.inputs
+        columns = [simulation.model.index(name) for name in known]
+        held = energy = 0.0
+        for split in simulate.SPLITS:
+            found = []
+            for path in paths[split]:
+                part = files.read_shard(path)
+                found.append(simulate.finite(part.reduced, columns))
+                if split == "training":
+                    held += simulate.total_energy(part.reduced.coefficients)
+                    energy += part.energy
+            simulate.require_determined(simulation, basis, split, found, known=known)
+        head = simulate.DataSet(simulation.model.names, basis, {}, held / energy, crb_weight)
+        files.assemble_dataset(
+            run.dataset, paths, head, train, seed=simulation.seed, versions=versions()
+        )
+        shutil.rmtree(run.shards)
 
 
 def forecast_run(

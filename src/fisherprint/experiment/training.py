@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fisherprint import files, fisher, simulate, train
+from fisherprint import _storage, files, fisher, simulate, train
 from fisherprint.experiment.folder import (
     Progress,
     Run,
@@ -62,6 +63,7 @@ def train_run(
         progress: told how many epochs are done.
 
     Raises:
+        BlockingIOError: another process is at work on this run.
         OutputExistsError: there are epochs of an earlier training and `resume` is not given, or
             its network without the checkpoint to go on from.
         ExperimentError: there is no data set, or the earlier epochs are of another one; or there
@@ -83,65 +85,67 @@ def train_run(
         labelled(data, split, config.estimated, known=config.inputs)
         for split in ("training", "validation")
     )
-    start, start_digest = None, None
-    if run.experiment.training.start is not None and (force or not run.checkpoint.exists()):
-        start, start_digest = read_start(run.experiment.training.start, config, data)
-    if force:
-        ranks.first(lambda: forget_training(run))
-    state = None
-    if run.checkpoint.exists():
-        if not resume:
-            raise files.OutputExistsError(
-                f"{run.network} already holds trained epochs. Go on with --resume, or start again "
-                "with --force."
-            )
-        state, start_digest = _read_state(run, digest)
-        say(f"resuming after epoch {state.epochs} of {config.epochs}")
-    else:
-        require_absent(run.network / "card.json")
-    done = state.epochs if state else 0
-    if ranks.rank == 0:
-        # A kill between the two writes leaves an epoch in the log that the checkpoint lacks.
-        log = files.read_jsonl(run.log) if run.log.exists() else []
-        files.write_jsonl(run.log, [record for record in log if record["number"] <= done])
-    if ranks.device.type != "cpu" and ranks.rank == 0:
-        say(f"training on {ranks.device}")
-    progress("epochs", done, config.epochs)
-    epochs = train.train(
-        training,
-        validation,
-        config,
-        start=start,
-        state=state,
-        device=ranks.device,
-        ranks=ranks,
-    )
-    for epoch, state in epochs:
+    # The first process writes for all of them.
+    with _storage.locked(run.folder) if ranks.rank == 0 else contextlib.nullcontext():
+        start, start_digest = None, None
+        if run.experiment.training.start is not None and (force or not run.checkpoint.exists()):
+            start, start_digest = read_start(run.experiment.training.start, config, data)
+        if force:
+            ranks.first(lambda: forget_training(run))
+        state = None
+        if run.checkpoint.exists():
+            if not resume:
+                raise files.OutputExistsError(
+                    f"{run.network} already holds trained epochs. Go on with --resume, or start "
+                    "again with --force."
+                )
+            state, start_digest = _read_state(run, digest)
+            say(f"resuming after epoch {state.epochs} of {config.epochs}")
+        else:
+            require_absent(run.network / "card.json")
+        done = state.epochs if state else 0
         if ranks.rank == 0:
-            tensors = {f"weights/{key}": value for key, value in state.weights.items()}
-            tensors |= {f"moments/{key}": value for key, value in state.moments.items()}
-            tensors |= {f"last/{key}": value for key, value in state.last.items()}
-            content = {
-                "epochs": state.epochs,
-                "config": state.config.model_dump(mode="json"),
-                "dataset_sha256": digest,
-                "start_sha256": start_digest,
-            }
-            if state.epochs == done + 1:
-                # A network of fewer epochs, and what it gave, are no longer those of this run.
-                (run.network / "card.json").unlink(missing_ok=True)
-                forget_results(run)
-            files.append_jsonl(run.log, vars(epoch))
-            files.write_checkpoint(run.checkpoint, tensors, content)
-        progress("epochs", epoch.number, config.epochs)
-        say(
-            f"epoch {epoch.number}: {config.loss} loss {epoch.train_loss:.4g}, "
-            f"validation {epoch.validation_loss:.4g}"
+            # A kill between the two writes leaves an epoch in the log that the checkpoint lacks.
+            log = files.read_jsonl(run.log) if run.log.exists() else []
+            files.write_jsonl(run.log, [record for record in log if record["number"] <= done])
+        if ranks.device.type != "cpu" and ranks.rank == 0:
+            say(f"training on {ranks.device}")
+        progress("epochs", done, config.epochs)
+        epochs = train.train(
+            training,
+            validation,
+            config,
+            start=start,
+            state=state,
+            device=ranks.device,
+            ranks=ranks,
         )
-    if state is not None and ranks.rank == 0:
-        card = _card(run, state.config, data, pulses, model)
-        card |= {"dataset_sha256": digest, "start_sha256": start_digest}
-        files.save_network(run.network, state.weights, card)
+        for epoch, state in epochs:
+            if ranks.rank == 0:
+                tensors = {f"weights/{key}": value for key, value in state.weights.items()}
+                tensors |= {f"moments/{key}": value for key, value in state.moments.items()}
+                tensors |= {f"last/{key}": value for key, value in state.last.items()}
+                content = {
+                    "epochs": state.epochs,
+                    "config": state.config.model_dump(mode="json"),
+                    "dataset_sha256": digest,
+                    "start_sha256": start_digest,
+                }
+                if state.epochs == done + 1:
+                    # A network of fewer epochs, and what it gave, are no longer those of this run.
+                    (run.network / "card.json").unlink(missing_ok=True)
+                    forget_results(run)
+                files.append_jsonl(run.log, vars(epoch))
+                files.write_checkpoint(run.checkpoint, tensors, content)
+            progress("epochs", epoch.number, config.epochs)
+            say(
+                f"epoch {epoch.number}: {config.loss} loss {epoch.train_loss:.4g}, "
+                f"validation {epoch.validation_loss:.4g}"
+            )
+        if state is not None and ranks.rank == 0:
+            card = _card(run, state.config, data, pulses, model)
+            card |= {"dataset_sha256": digest, "start_sha256": start_digest}
+            files.save_network(run.network, state.weights, card)
 
 
 def read_start(
