@@ -695,6 +695,8 @@ def test_the_papers_experiment_has_its_numbers_and_the_variants_differ_where_the
     for name in ("learning_rate", "learning_rate_floor"):
         assert fields["training"].pop(name) == pytest.approx(training[name] / 10, rel=1e-12)
     own = {"estimated", "learning_rate", "learning_rate_floor"}
+    B0 = fields["prior"].pop("B0")
+    assert (B0["low"], B0["high"]) == pytest.approx(0.8 * np.pi / 3.5e-3 * np.array([-1, 1]), 1e-3)
     assert fields == paper | {"training": {k: v for k, v in training.items() if k not in own}}
     assert bundled["sequence"]["path"] is None
     same = set(paper) - {"sequence", "data"}
