@@ -388,9 +388,11 @@ def _averaged(
     """
 
     @torch.no_grad()
-    def move(mean: _Several, weights: _Several, n: Tensor | int) -> None:
+    def move(mean: _Several, weights: _Several, _: Tensor | int) -> None:
         if mean[0].is_floating_point():
-            torch._foreach_lerp_(mean, weights, 1 / min(int(n) + 1, config.average_steps))
+            # The count on the CPU: a step on a GPU need not wait for it.
+            n = int(averaged.n_averaged) + 1
+            torch._foreach_lerp_(mean, weights, 1 / min(n, config.average_steps))
         else:  # whether and how often, which have no mean
             torch._foreach_copy_(mean, weights)
 
