@@ -65,10 +65,11 @@ def whole_command(
         images.flush()
         del images
         np.save(folder / "mask.npy", np.ones(shape, dtype=np.uint8))
-        arguments = [folder / "images.npy", "--mask", folder / "mask.npy", "--run", run, "--no-errors"]
+        arguments = [folder / "images.npy", "--mask", folder / "mask.npy", "--run", run]
         began = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-m", "fisherprint.cli", "map", *arguments, "-o", folder / "maps"],
+            [sys.executable, "-m", "fisherprint.cli", "map", *arguments, "--no-errors"]
+            + ["-o", folder / "maps"],
             check=True,
             stdout=subprocess.DEVNULL,
         )
@@ -152,8 +153,8 @@ def main() -> None:
         print(f"| {precision} | " + " | ".join(cells) + " |")
 
     n_voxels = n_slices * SLICE[0] * SLICE[1]
-    print(f"\n`fisherprint map --no-errors` of {n_voxels} voxels, {network.rank} coefficients, in {fast}:")
-    print(f"{seconds:.1f} s, peak memory {memory:.2f} GiB")
+    print(f"\n`fisherprint map --no-errors` of {n_voxels} voxels, {network.rank} coefficients, in")
+    print(f"{fast}: {seconds:.1f} s, peak memory {memory:.2f} GiB")
 
 
 if __name__ == "__main__":
