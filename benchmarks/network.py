@@ -65,14 +65,10 @@ def whole_command(
         images.flush()
         del images
         np.save(folder / "mask.npy", np.ones(shape, dtype=np.uint8))
-        arguments = [folder / "images.npy", "--mask", folder / "mask.npy", "--run", run]
+        call = [sys.executable, "-m", "fisherprint.cli", "map", folder / "images.npy"]
+        arguments = ["--mask", folder / "mask.npy", "--run", run, "-o", folder / "maps"]
         began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "fisherprint.cli", "map", *arguments, "--no-errors"]
-            + ["-o", folder / "maps"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        subprocess.run([*call, *arguments, "--no-errors"], check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - began
     # In KiB on Linux; of this process at most what it has before, which is less.
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
