@@ -133,11 +133,13 @@ def through(layers: Sequence[Layer], skips: Mapping[int, int], x: Floats, width:
         if skips.get(number) == 0 and layer.group:
             # What comes out of layers is centred by their weights; the input is not.
             skip = _centred(kept[0], layer.group)
-        y = layer.product(x)
-        x = np.empty_like(y)
-        _normalize(y, layer.bias, skip, layer.group, layer.epsilon, layer.scale, layer.shift, x)
-        if number in skips.values():
-            kept[number] = y
+        x = layer.product(x)
+        before = np.empty_like(x) if number in skips.values() else None
+        _normalize(
+            x, layer.bias, skip, layer.group, layer.epsilon, layer.scale, layer.shift, before
+        )
+        if before is not None:
+            kept[number] = before
     return x
 
 
@@ -171,8 +173,11 @@ def in_parts(
 
 
 @numba.njit(cache=True, fastmath=_FAST, nogil=True)
-def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[no-untyped-def]
-    """Add bias and skip to y, in place, and x = ReLU(scale·y/rms + shift), rms that of a group."""
+def _normalize(y, bias, skip, group, epsilon, scale, shift, before):  # type: ignore[no-untyped-def]
+    """In place y += bias + skip, which is kept in `before`, then y = ReLU(scale·y/rms + shift).
+
+    The root mean square is that of a group; skip and before may be None.
+    """
     n_rows, width = y.shape
     size = group if group > 0 else width
     n_groups = width // size
@@ -187,6 +192,8 @@ def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[
             of_skip = skip[row]
             for i in range(width):
                 of_y[i] += bias[i] + of_skip[i]
+        if before is not None:
+            before[row] = of_y
         if group > 0:
             for g in range(n_groups):
                 # Indices from zero on: the compiler vectorizes these loops alone.
@@ -199,12 +206,11 @@ def _normalize(y, bias, skip, group, epsilon, scale, shift, x):  # type: ignore[
                 factor[g] = 1 / np.sqrt(factor[g] / np.float32(size) + np.float32(epsilon))
         for g in range(n_groups):
             of_group = slice(g * size, (g + 1) * size)
-            of_y, of_x = y[row, of_group], x[row, of_group]
-            of_scale, of_shift = scale[of_group], shift[of_group]
+            part, of_scale, of_shift = y[row, of_group], scale[of_group], shift[of_group]
             for i in range(size):
-                value = factor[g] * of_y[i] * of_scale[i] + of_shift[i]
+                value = factor[g] * part[i] * of_scale[i] + of_shift[i]
                 # NaN is not below 0: it stays.
-                of_x[i] = np.float32(0) if value < 0 else value
+                part[i] = np.float32(0) if value < 0 else value
 
 
 def _centred(values: NDArray[Any], group: int) -> NDArray[Any]:
