@@ -894,7 +894,8 @@ def test_a_start_of_other_parameters_or_another_basis_is_refused(run: Run, input
 
 
 def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> None:
-    run = Run(run.folder, read(inputs, merged(TINY, SNR_INPUT)))
+    # In float32 on any processor, as the estimator by hand.
+    run = Run(run.folder, read(inputs, merged(TINY, merged(SNR_INPUT, FLOAT32))))
     silent_map = {"overwrite": True, "say": silent, "progress": silent}
     stages.train_run(run, resume=False, force=True, say=silent, progress=silent)
     stages.evaluate_run(run, say=silent, progress=silent)
@@ -909,8 +910,10 @@ def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> 
     expected = as_estimator(network)(np.hstack([x, extra]))
     # Maps are stored in single precision.
     np.testing.assert_allclose(result.values[result.mask], expected, rtol=1e-5, atol=1e-6)
-    provenance = files.read_json(run.maps / "m0s.json")["Provenance"]
-    assert provenance["precision"] == inference.fastest()
+    for precision, used in (("float32", "float32"), (None, inference.fastest())):
+        section = run.experiment.map.model_copy(update={"precision": precision})
+        stages.map_run(run, section, run.maps, **silent_map)
+        assert files.read_json(run.maps / "m0s.json")["Provenance"]["precision"] == used
     bare = run.experiment.map.model_copy(update={"noise_std": None})
     with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
         stages.map_run(run, bare, run.maps, **silent_map)
@@ -1052,7 +1055,9 @@ def test_what_error_bars_take_is_said_before(
 
 def told(run: Run, inputs: Path, *names: str, **known: str) -> Run:
     """The run's folder with an experiment whose network is told these parameters."""
-    change = {"map": {"known": known}, "training": {"inputs": list(names)}}
+    # In float32 on any processor.
+    section = {"known": known, "precision": "float32"}
+    change = {"map": section, "training": {"inputs": list(names)}}
     return Run(run.folder, read(inputs, merged(merged(TINY, MAP), change)))
 
 
