@@ -373,7 +373,7 @@ def test_where_noise_leaves_no_macromolecules_it_is_the_fit_without(two_pool):
     found = LeastSquares(model, basis, start=theta[0], bounds=BOUNDS).fit(x, start=theta + 1e-9)
     # Started so near, a search may end before it touches: processors differ in which ones do.
     at_bound = found["m0s"] < 1e-11
-    assert 6 < at_bound.sum() < 26  # half of 32, for noise has no side: 3.5 standard deviations
+    assert 8 < at_bound.sum() < 24  # half of them, for noise has no side
     without = LeastSquares(model, basis, start=theta[0], known={"m0s": 0.0}, bounds=BOUNDS)
     other = without.fit(x[at_bound], start=theta[at_bound])
     seen = [model.index(name) for name in ("T1", "T2f", "B0", "B1")]
