@@ -592,6 +592,36 @@ def test_the_gpu_trains_alike(config: TrainingConfig) -> None:
     assert again.train_loss == pytest.approx(losses[1, 0], rel=1e-5)
 
 
+ON_GPU = {
+    "float32": CONFIG,
+    "bias-reduced": REDUCED,
+    "batch": CONFIG.model_copy(update={"normalization": "batch"}),
+    "compiled bfloat16": CONFIG.model_copy(update={"compiled": True, "precision": "bfloat16"}),
+}
+
+
+@pytest.mark.gpu
+@COMPILER
+@pytest.mark.parametrize("base", ON_GPU.values(), ids=ON_GPU.keys())
+def test_the_gpu_repeats_the_steps_it_recorded(
+    base: TrainingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 48 samples in batches of 20, the last one smaller: recorded from the fifth step on.
+    change = {"epochs": 6, "batch_size": 20, "average_steps": 4, "snr_input": True}
+    config = base.model_copy(update=change)
+    whole = list(train(TINY, HELD_OUT, config, device="cuda"))
+    rest = list(train(TINY, HELD_OUT, config, state=whole[2][1], device="cuda"))
+    monkeypatch.setattr("fisherprint.train.loop.Recorded", lambda step: step)
+    plain = list(train(TINY, HELD_OUT, config, device="cuda"))
+    # The same kernels; sums on the device have no fixed order, and Adam magnifies rounding.
+    for (epoch, _), (other, _) in zip(whole, plain, strict=True):
+        assert epoch.train_loss == pytest.approx(other.train_loss, rel=1e-2)
+        assert epoch.validation_loss == pytest.approx(other.validation_loss, rel=1e-2)
+    assert rest[-1][0].validation_loss == pytest.approx(whole[-1][0].validation_loss, rel=1e-2)
+    # It is training that is compared.
+    assert whole[-1][0].train_loss < 0.95 * whole[0][0].train_loss
+
+
 @pytest.mark.gpu
 def test_the_gpu_resumes_where_it_was(tiny_run: list[tuple[Epoch, State]]) -> None:
     first, second = list(train(TINY, HELD_OUT, CONFIG, device="cuda"))

@@ -311,7 +311,7 @@ def _constants(values: ArrayLike) -> Tensor:
 def _first_real(coefficients: Tensor) -> Tensor:
     """The coefficients turned so that the first is real and positive, or zero."""
     turn = coefficients[:, :1].sgn().conj()
-    return coefficients * torch.where(turn == 0, 1, turn)
+    return coefficients * (turn + (turn == 0))
 
 
 def _unit_norm(coefficients: Tensor) -> Tensor:

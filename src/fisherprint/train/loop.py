@@ -8,13 +8,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.optim import Adam
-from torch.optim.swa_utils import AveragedModel
 
 from fisherprint import _checks, inference
 from fisherprint.network import Network
@@ -35,6 +33,7 @@ from fisherprint.train.losses import (
     terms,
 )
 from fisherprint.train.ranks import ALONE, Ranks
+from fisherprint.train.steps import Mean, Recorded
 
 # Losses that every training is validated by.
 _ORDINARY = ("crb", "mse", "relative")
@@ -146,9 +145,14 @@ def train(
     device = torch.device(device)
     config = _with_possible(config, state, device)
     ranks.require_shares(len(training.theta), config)
-    network, optimizer, state = _begin(training, validation, config, start, state, device)
+    recorded = _recordable(device, ranks)
+    network, optimizer, state = _begin(
+        training, validation, config, start, state, device, recorded=recorded
+    )
     n_steps = math.ceil(len(training.theta) / config.fingerprints)
-    averaged = _averaged(network, state, config, n_steps) if config.average_steps else None
+    mean = Mean(network, config.average_steps) if config.average_steps else None
+    if mean is not None and state.epochs:
+        mean.network.load_state_dict(state.weights)
     losses, products = _losses(network, config), getattr(torch, config.precision)
     step_layers = network.from_features
     if config.compiled:
@@ -158,40 +162,46 @@ def train(
     noisy = augmented(held_out, config, _generator(_VALIDATION_SEED))
     noisy = [part.to(device) for part in noisy]
     ranks.require_same(_beginning(clean, config, state))
-    parallel = ranks.parallel(network)
+    parallel, total = ranks.parallel(network), torch.zeros((), device=device)
+
+    def update(batch: Tensors) -> None:
+        """One step of Adam, whose loss is added to the total of the epoch."""
+        share = [part[ranks.rows(len(part))] for part in batch]
+        coefficients, truth, crb, known = share
+        x = first_layer_inputs(network, coefficients, known, config)
+        # The last batch may be smaller: not worth another minute of compilation.
+        full = len(batch[0]) == config.fingerprints
+        layers = step_layers if full else network.from_features
+        estimate = parallel(layers, x, products).reshape(*coefficients.shape[:-1], -1)
+        # A share counts by its terms: then the mean over the processes is the batch's loss.
+        weight = ranks.size * terms(config.loss, crb) / terms(config.loss, batch[2])
+        loss = weight * losses[config.loss](estimate, truth, crb)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
+        optimizer.step()
+        total.add_(loss.detach() * len(batch[0]) / ranks.size)
+
+    full_update = Recorded(update) if recorded else update
     for number in range(state.epochs + 1, config.epochs + 1):
         began = time.perf_counter()
-        n_samples, total = len(clean[0]), torch.zeros((), device=device)
-        first = 1 + (number - 1) * n_steps
+        n_samples, first = len(clean[0]), 1 + (number - 1) * n_steps
         generator = _generator(config.seed, number, device=device)
         network.train()
+        total.zero_()
         for step, batch in enumerate(batches(clean, config, generator), start=first):
-            share = [part[ranks.rows(len(part))] for part in batch]
-            coefficients, truth, crb, known = share
-            x = first_layer_inputs(network, coefficients, known, config)
-            # The last batch may be smaller: not worth another minute of compilation.
-            full = len(batch[0]) == config.fingerprints
-            layers = step_layers if full else network.from_features
-            estimate = parallel(layers, x, products).reshape(*coefficients.shape[:-1], -1)
-            # A share counts by its terms: then the mean over the processes is the batch's loss.
-            weight = ranks.size * terms(config.loss, crb) / terms(config.loss, batch[2])
-            loss = weight * losses[config.loss](estimate, truth, crb)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # torch lacks the annotation
             rate = config.learning_rate_at(number, step)
-            optimizer.param_groups[0]["lr"] = rate
-            optimizer.step()
-            if averaged is not None:
-                averaged.update_parameters(network)
-            total += loss.detach() * len(batch[0]) / ranks.size
+            _set_rate(optimizer, rate)
+            (full_update if len(batch[0]) == config.fingerprints else update)(batch)
+            if mean is not None:
+                mean.move(step)
 
         train_loss = float(ranks.sum(total)) / n_samples
-        result = network if averaged is None else cast(Network, averaged.module)
+        result = network if mean is None else mean.network
         validated = _validate(result.eval(), losses, held_out, noisy, config, ranks)
         for value in (train_loss, validated[config.loss]):
             if not math.isfinite(value):
                 raise DivergedError(number, value, state)
-        last = {} if averaged is None else network.state_dict()
+        last = {} if mean is None else network.state_dict()
         state = _snapshot(number, config, result, optimizer, last)
         seconds, steps = time.perf_counter() - began, step - first + 1
         yield (
@@ -270,7 +280,6 @@ def _beginning(clean: Tensors, config: TrainingConfig, state: State) -> dict[str
 
 
 _Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-_Several = tuple[Tensor, ...] | list[Tensor]
 
 
 def _losses(network: Network, config: TrainingConfig) -> dict[str, _Loss]:
@@ -295,6 +304,8 @@ def _begin(
     start: Mapping[str, Tensor] | None,
     state: State | None,
     device: torch.device,
+    *,
+    recorded: bool,
 ) -> tuple[Network, Adam, State]:
     """Network and optimizer as `state` left them, or new ones."""
     size, rank = training.coefficients.shape
@@ -331,7 +342,7 @@ def _begin(
                 )
             network.load_state_dict(start)
     network.to(device)
-    optimizer = Adam(network.parameters(), lr=config.learning_rate, fused=config.compiled)
+    optimizer = _adam(network, config, recorded=recorded)
     if state is None:
         return network, optimizer, _snapshot(0, config, network, optimizer, {})
     by_weight: dict[int, dict[str, Tensor]] = {}
@@ -379,28 +390,24 @@ def _require_same(before: TrainingConfig, now: TrainingConfig) -> None:
         )
 
 
-def _averaged(
-    network: Network, state: State, config: TrainingConfig, n_steps: int
-) -> AveragedModel:
-    """The mean of the weights of all steps, or of about the last `average_steps` (decision 044).
+def _recordable(device: torch.device, ranks: Ranks) -> bool:
+    """Whether steps are recorded; processes exchange gradients within a step."""
+    return device.type == "cuda" and ranks.size == 1
 
-    Each step moves it by 1/min(n, average_steps) of the way to the weights, n counting the steps.
-    """
 
-    @torch.no_grad()
-    def move(mean: _Several, weights: _Several, _: Tensor | int) -> None:
-        if mean[0].is_floating_point():
-            # The count on the CPU: a step on a GPU need not wait for it.
-            n = int(averaged.n_averaged) + 1
-            torch._foreach_lerp_(mean, weights, 1 / min(n, config.average_steps))
-        else:  # whether and how often, which have no mean
-            torch._foreach_copy_(mean, weights)
+def _adam(network: Network, config: TrainingConfig, *, recorded: bool) -> Adam:
+    # A recording reads the rate from the GPU.
+    rate = config.learning_rate
+    lr = torch.tensor(rate, device=network.output_mean.device) if recorded else rate
+    return Adam(network.parameters(), lr=lr, fused=config.compiled, capturable=recorded)
 
-    averaged = AveragedModel(network, multi_avg_fn=move, use_buffers=True)
-    if state.epochs:
-        averaged.module.load_state_dict(state.weights)
-        averaged.n_averaged.fill_(state.epochs * n_steps)
-    return averaged
+
+def _set_rate(optimizer: Adam, rate: float) -> None:
+    group = optimizer.param_groups[0]
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _snapshot(
