@@ -102,7 +102,7 @@ def main() -> None:
 
     def products(x: NDArray[np.float32]) -> NDArray[np.float32]:
         for layer in layers:
-            x = x @ layer.weight
+            x = layer.product(x)
         return x[:, :1]
 
     fast = inference.fastest()

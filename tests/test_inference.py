@@ -70,6 +70,34 @@ def test_bfloat16_rounds_the_widest_layers_alone() -> None:
     assert 0 < np.sqrt((error**2).mean()) < np.sqrt(4 * 3) * 2**-9
 
 
+def test_numbers_become_bfloat16_and_back_as_in_torch() -> None:
+    rng = np.random.default_rng(5)
+    y = np.exp(rng.uniform(-80, 80, (64, 96))).astype(np.float32)
+    bits = y.view(np.uint32)
+    bits[0] = bits[0] & 0xFFFF0000 | 0x8000  # in the middle between two
+    bits[1] = bits[1] & 0xFFFF0000 | 0x8001
+    bits[2], y[3] = 0x7F7FFFFF, np.inf  # rounds up to infinity
+    # Values that rounding could turn into numbers.
+    bits[4, ::2], bits[4, 1::2], bits[5] = 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001
+    zeros, ones = np.zeros(96, np.float32), np.ones(96, np.float32)
+    halves, back = np.empty(y.shape, np.uint16), np.empty_like(y)
+    # y >= 0 without normalization is y.
+    inference._normalize(y, zeros, None, 0, 0.0, ones, zeros, None, halves)
+    inference._normalize(halves, zeros, None, 0, 0.0, ones, zeros, None, back)
+    expected = torch.from_numpy(y).bfloat16()
+    np.testing.assert_array_equal(back, expected.float().numpy())
+    number = ~np.isnan(y)
+    assert (halves[number] == expected.view(torch.uint16).numpy()[number]).all()
+    assert number.sum() == 62 * 96
+
+
+def test_bfloat16_yields_nan_where_float32_does() -> None:
+    made, given = network(), voxels(70)
+    given[3], given[40, 1], given[69, 2] = 0, np.nan, np.inf
+    found = as_estimator(made, precision="bfloat16")(given)
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(forward(made, given)))
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
