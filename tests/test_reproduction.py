@@ -710,6 +710,7 @@ def test_the_papers_experiment_has_its_numbers_and_the_variants_differ_where_the
     same = (
         set(training)
         - {"epochs", "halve_every", "batch_size"}
-        - {*("learning_rate", "learning_rate_floor")}
+        # Its steps are too few for a mean of a thousand.
+        - {*("learning_rate", "learning_rate_floor"), "average_steps"}
     )
     assert {k: quick["training"][k] for k in same} == {k: training[k] for k in same}
