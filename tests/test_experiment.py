@@ -914,6 +914,18 @@ def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> 
         section = run.experiment.map.model_copy(update={"precision": precision})
         stages.map_run(run, section, run.maps, **silent_map)
         assert files.read_json(run.maps / "m0s.json")["Provenance"]["precision"] == used
+    # Too dark or too bright to be like the training, |M0|/σ 10 to 100, is outside of its range.
+    x = stages.read_data(run)[0].samples["training"].coefficients[:40]
+    scales = 0.5 * np.geomspace(1, 1000, len(x))
+    np.save(inputs / "scaled.npy", (scales[:, None] * x).reshape(-1, 1, 1, x.shape[-1]))
+    np.save(inputs / "all.npy", np.ones((len(x), 1, 1), dtype=np.uint8))
+    scaled = {"coefficients": inputs / "scaled.npy", "mask": inputs / "all.npy", "key": None}
+    section = run.experiment.map.model_copy(update=scaled | {"mask_key": None})
+    stages.map_run(run, section, run.maps, **silent_map)
+    snr = images_of(run.maps / "M0.nii.gz").ravel() / 0.5
+    outside = files.read_status(run.maps, (len(x), 1, 1)).ravel() == maps.Status.OUTSIDE_RANGE
+    assert outside[(snr < 9.4) | (snr > 105.1)].mean() > 0.5
+    assert not outside[(snr > 9.6) & (snr < 104.9)].any()
     bare = run.experiment.map.model_copy(update={"noise_std": None})
     with pytest.raises(ExperimentError, match=r"got None, and .* snr_input = True"):
         stages.map_run(run, bare, run.maps, **silent_map)

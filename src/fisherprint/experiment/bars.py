@@ -158,6 +158,8 @@ def network_status(
     beside: Beside | None,
     parameters: Sequence[Parameter],
     ranges: Mapping[str, Sequence[float]],
+    *,
+    snr_range: Sequence[float] | None = None,
 ) -> NDArray[np.uint8]:
     """One `maps.Status` a voxel, of a network's estimates.
 
@@ -166,6 +168,7 @@ def network_status(
         beside: what stands beside them; None where nobody asked, and then no misfit is seen.
         parameters: those estimated, in their order.
         ranges: least and largest value in the training, by name; a network is trusted 5 % beyond.
+        snr_range: the same of |M0|/σ, of a network that is told its own; the others know none.
     """
     values, mask = estimates.values, estimates.mask
     at_bound, beyond = (np.zeros(mask.shape, dtype=np.bool_) for _ in range(2))
@@ -184,4 +187,8 @@ def network_status(
     if beside is not None:
         found[maps.Status.NOT_CONVERGED] = mask & np.isnan(beside.beside[..., -1])
         found[maps.Status.MISFIT] = beside.misfit
+        if snr_range is not None:
+            low, high = snr_range
+            snr = beside.beside[..., 0] / beside.noise.std
+            beyond |= (snr < (1 - BEYOND) * low) | (snr > (1 + BEYOND) * high)
     return maps.classified(found)

@@ -226,7 +226,8 @@ def map_run(
     (out / "summary.json").unlink(missing_ok=True)  # of earlier maps
     if beside is not None:
         written += _write_beside(beside, result, out, described, place)
-    status = bars.network_status(result, beside, described, ranges)
+    snr_range = card.get("snr_range") if config.snr_input else None
+    status = bars.network_status(result, beside, described, ranges, snr_range=snr_range)
     written.append(files.write_status(status, out, **place))
     files.keep_maps(written)
     regions = regions_of(result, say)
