@@ -181,6 +181,8 @@ def test_two_processes_train_as_one(pair: Path, case: str) -> None:
 
 
 @pytest.mark.slow
+# torch's compiler uses what torch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_steps_are_shared_as_well(tmp_path: Path) -> None:
     change = {"compiled": True}
     found = torchrun(write_worker(tmp_path, {"compiled": change}), tmp_path, "")
