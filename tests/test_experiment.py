@@ -893,7 +893,9 @@ def test_a_start_of_other_parameters_or_another_basis_is_refused(run: Run, input
     shutil.rmtree(inputs / "foreign")
 
 
-def test_a_network_with_an_snr_input_needs_the_noise(run: Run, inputs: Path) -> None:
+def test_a_network_with_an_snr_input_needs_the_noise_and_is_for_the_snr_of_its_training(
+    run: Run, inputs: Path
+) -> None:
     # In float32 on any processor, as the estimator by hand.
     run = Run(run.folder, read(inputs, merged(TINY, merged(SNR_INPUT, FLOAT32))))
     silent_map = {"overwrite": True, "say": silent, "progress": silent}

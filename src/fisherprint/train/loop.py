@@ -118,7 +118,7 @@ def train(
     Each epoch draws its order, its M0 and its noise anew, on the device, from a generator that
     depends on the seed and the epoch's number alone: a run resumed from a `state` repeats an
     uninterrupted one, bit for bit on the CPU. Data stay on the device. Validation noise is drawn
-    on the CPU: it is the same everywhere.
+    on the CPU: it is the same everywhere. One process on a GPU records a step and repeats it.
 
     Args:
         training: at least the parameters that `config` names. Their bounds must be those of an
