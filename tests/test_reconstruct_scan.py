@@ -748,6 +748,8 @@ def test_forecast_of_a_whole_head_fits_into_24_gib():
     assert 10 < ahead.peak / 2**30 < 24
     # What ESPIRiT of 20 coils took beyond the libraries, in a run of its own at 32³.
     assert 1.45 < ahead.memory["sensitivities"] / 2**30 < 1.6
+    # Gigabytes of the kernel (below), 20 maps, 4 × 13 images and 20 × 205,000 × 480 samples.
+    assert ahead.disk / 1e9 == pytest.approx(40.3 + 2.21 + 5.75 + 15.7, abs=0.1)
     # 91 fields of eight pieces.
     assert toeplitz.n_bytes(request.matrix, 13, hermitian=False) == 4 * 91 * 8 * 240**3
 

@@ -200,6 +200,19 @@ def changed(array, value, *, at=(1, 2)):
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_time": 0.5},
+        {"flip_angle": changed(ANGLE, np.pi + 0.199, at=(1, 0))},
+        {"flip_angle": changed(ANGLE, np.pi - 0.199, at=(1, 0))},
+    ],
+)
+def test_what_lies_just_within_the_limits_is_taken(changes):
+    (name, value), *_ = changes.items()
+    np.testing.assert_array_equal(getattr(train(**changes), name), value)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pulse_duration": DURATION * 1e3}, "below the repetition time .* in ms?"),
@@ -227,11 +240,13 @@ def changed(array, value, *, at=(1, 2)):
         ({"flip_angle": ANGLE * 1j}, "flip angles must be real numbers .* got complex"),
         ({"flip_angle": "π"}, "flip angles must be real numbers"),
         ({"flip_angle": np.roll(ANGLE, 1, axis=1)}, r"must be the inversion.*Roll the train"),
-        ({"flip_angle": changed(ANGLE, np.pi + 0.3, at=(1, 0))}, "must be the inversion"),
+        ({"flip_angle": changed(ANGLE, np.pi + 0.201, at=(1, 0))}, "must be the inversion"),
+        ({"flip_angle": changed(ANGLE, np.pi - 0.201, at=(1, 0))}, "must be the inversion"),
         ({"inversion": "adiabatic"}, r"one of \('crushed', 'spoiled'\); got 'adiabatic'"),
         ({"phase_increment": 180.0}, r"within ±2π rad; got 180.0\. Is it in degrees?"),
         ({"phase_increment": np.nan}, "the phase increment must lie within ±2π rad; got nan"),
         ({"repetition_time": 3.5}, r"below 0.5 s; got 3.5\. Is it in ms?"),
+        ({"repetition_time": 0.501}, r"below 0.5 s; got 0.501"),
         ({"repetition_time": 0}, "the repetition time must be a positive finite number; got 0"),
         ({"repetition_time": np.nan}, "the repetition time must be a positive finite number"),
     ],
