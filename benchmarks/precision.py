@@ -20,7 +20,9 @@ KINDS = {
     "bfloat16": {"precision": "bfloat16"},
     "bfloat16, compiled": {"precision": "bfloat16", "compiled": True},
 }
-CONFIG = TrainingConfig(estimated=("R", "w"), epochs=60, batch_size=128, noise_std=0.01)
+CONFIG = TrainingConfig(
+    estimated=("R", "w"), epochs=60, batch_size=128, halve_every=8, noise_std=0.01
+)
 
 
 def decays(size: int, *, seed: int) -> Samples:
