@@ -65,6 +65,31 @@ def ratios(label: str, first: Audit, other: Audit, *, snr: float) -> list[str]:
     return lines
 
 
+def intervals(label: str, first: Audit, other: Audit, *, snr: float) -> list[str]:
+    """Errors of the first run over those of another one, with 95 % of resampled fingerprints."""
+    one, two = first.level(snr), other.level(snr)
+    rng = np.random.default_rng(0)
+    square = np.square(first.bias[one]) + first.variance[one]
+    peer = np.square(other.bias[two]) + other.variance[two]
+    lines = []
+    for e, name in enumerate(first.names):
+        both = first.determined[one][:, e] & other.determined[two][:, e]
+        cells = [label, name]
+        for average, kept in (
+            (np.median, np.full_like(both, True)),
+            (np.mean, np.full_like(both, True)),
+            (np.mean, both),
+        ):
+            x, y = square[kept, e], peer[kept, e]
+            again = rng.integers(len(x), size=(1000, len(x)))
+            ratio = np.sqrt(average(x) / average(y))
+            drawn = np.sqrt(average(x[again], axis=1) / average(y[again], axis=1))
+            low, high = np.percentile(drawn, [2.5, 97.5])
+            cells.append(f"{ratio:.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -98,6 +123,13 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for label, audit in alike.items():
         print("\n".join(ratios(label, first, audit, snr=arguments.snr)))
+    print("\nerrors [95 % of resampled fingerprints]\n")
+    print(
+        "| over | parameter | median | root mean square | root mean square, determined in both |"
+    )
+    print("|---|---|---|---|---|")
+    for label, audit in alike.items():
+        print("\n".join(intervals(label, first, audit, snr=arguments.snr)))
 
 
 if __name__ == "__main__":
