@@ -13,6 +13,8 @@ import platform
 import numpy as np
 import torch
 
+from fisherprint import Parameter, fisher
+from fisherprint.models import TorchModel
 from fisherprint.train import Samples, TrainingConfig, train
 
 KINDS = {
@@ -26,16 +28,16 @@ CONFIG = TrainingConfig(
 
 
 def decays(size: int, *, seed: int) -> Samples:
-    """Complex decays exp((-R + i w) t), with CRB = diag((Re GᴴG)⁻¹) for σ = 1 and M0 unknown."""
+    """Complex decays exp((-R + i w) t) with their bounds, for σ = 1 and unknown M0."""
+    t = torch.linspace(0, 1.5, 8, dtype=torch.float64)
+    R = Parameter("R", "$R$", "1/s", (0.0, 5.0))
+    w = Parameter("w", "$\\omega$", "rad/s", (-5.0, 5.0))
+    model = TorchModel(lambda θ: torch.exp((-θ[0] + 1j * θ[1]) * t), [R, w])
     rng = np.random.default_rng(seed)
-    R, w = rng.uniform(0.2, 2, (size, 1)), rng.uniform(-0.5, 0.5, (size, 1))
-    t = np.linspace(0, 1.5, 8)
-    s = np.exp((-R + 1j * w) * t)
-    # Columns: Re M0, Im M0, R, w.
-    G = np.stack([s, 1j * s, -t * s, 1j * t * s], axis=-1)
-    F = np.einsum("stp,stq->spq", G.conj(), G).real
-    crb = np.diagonal(np.linalg.inv(F), axis1=1, axis2=2)[:, 2:]
-    return Samples(("R", "w"), s, np.hstack([R, w]), crb)
+    theta = np.hstack([rng.uniform(0.2, 2, (size, 1)), rng.uniform(-0.5, 0.5, (size, 1))])
+    out = model.simulate(theta)
+    crb = fisher.bounds(fisher.information(out.signal, out.jacobian, noise_std=1.0))
+    return Samples(model.names, out.signal, theta, crb[:, : len(model.names)])
 
 
 def main() -> None:
