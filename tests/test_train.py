@@ -18,6 +18,7 @@ from fisherprint.train import (
     State,
     TrainingConfig,
     augment,
+    bayesian_loss,
     bias_reduced_loss,
     crb_loss,
     extra_inputs,
@@ -91,6 +92,36 @@ def test_an_infinite_bound_weighs_nothing() -> None:
     # d/dx of x²/4 over 4 bounded terms, at 2.
     assert gradient.tolist() == [[0.25, 0.25], [0, 0], [0.25, 0.25]]
     assert crb_loss(estimate[1:2], truth[1:2], crb[1:2]).tolist() == 0
+
+
+def test_bayesian_loss_is_the_crb_loss_where_data_tell_and_mse_where_they_do_not() -> None:
+    estimate, truth = torch.tensor([[1.0, 5.0], [2.0, 7.0]]), torch.zeros(2, 2)
+    crb, spread = torch.tensor([[2.0, torch.inf], [4.0, 9.0]]), torch.tensor([2.0, 5.0])
+    expected = (1 * (1 / 2 + 1 / 4) + 25 / 25 + 4 * (1 / 4 + 1 / 4) + 49 * (1 / 9 + 1 / 25)) / 4
+    assert float(bayesian_loss(estimate, truth, crb, spread)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_bayesian_loss_of_who_knows_a_normal_prior_is_one() -> None:
+    """θ from N(0, spread²), seen with variance CRB: the mean given the data scores 1."""
+    generator = torch.Generator().manual_seed(3)
+    crb, spread = torch.tensor([0.5, 4.0]).expand(20000, 2), torch.tensor([3.0, 1.0])
+    truth = spread * torch.randn(crb.shape, generator=generator)
+    seen = truth + crb.sqrt() * torch.randn(crb.shape, generator=generator)
+    estimate = seen * spread.square() / (spread.square() + crb)
+    # Four standard errors of a mean of squared normal numbers.
+    loss = float(bayesian_loss(estimate, truth, crb, spread))
+    assert abs(loss - 1) < 4 * np.sqrt(2 / crb.numel())
+
+
+def test_training_with_the_bayesian_loss_is_validated_by_it() -> None:
+    config = CONFIG.model_copy(update={"loss": "bayesian", "epochs": 1})
+    epoch, _ = next(train(TINY, HELD_OUT, config))
+    assert set(epoch.validation_losses) == {"crb", "mse", "relative", "bayesian"}
+    assert epoch.validation_loss == epoch.validation_losses["bayesian"]
+    # Above the loss of Eq. 1, by the error in units of the prior.
+    spread = TINY.theta[:, 0].std()
+    expected = epoch.validation_losses["crb"] + epoch.validation_losses["mse"] / spread**2
+    assert epoch.validation_loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_mse_and_relative_loss_written_out() -> None:

@@ -11,6 +11,7 @@ from fisherprint.train.loop import (
 )
 from fisherprint.train.losses import (
     RELATIVE_FLOOR,
+    bayesian_loss,
     bias_reduced_loss,
     crb_loss,
     mse_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "TrainingConfig",
     "alone",
     "augment",
+    "bayesian_loss",
     "bias_reduced_loss",
     "compilable",
     "crb_loss",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from fisherprint import _checks
 from fisherprint.network import Normalization
 
-LossName = Literal["crb", "mse", "relative", "bias-reduced"]
+LossName = Literal["crb", "mse", "relative", "bayesian", "bias-reduced"]
 
 # Fields of the config that the bias-reduced loss alone uses.
 _BIAS_REDUCED = ("realizations", "variance_weight", "variance_limit")
@@ -43,7 +43,8 @@ class TrainingConfig(BaseModel):
         default="group", description="group, or batch as in the authors' code"
     )
     loss: LossName = Field(
-        default="crb", description="crb (Eq. 1 of the paper), mse, relative or bias-reduced"
+        default="crb",
+        description="crb (Eq. 1 of the paper), mse, relative, bayesian or bias-reduced",
     )
     realizations: int = Field(
         default=200, ge=2, description="N_r of the bias-reduced loss: noises of one fingerprint"

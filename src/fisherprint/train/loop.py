@@ -26,6 +26,7 @@ from fisherprint.train.augmentation import (
 from fisherprint.train.config import Samples, TrainingConfig
 from fisherprint.train.losses import (
     RELATIVE_FLOOR,
+    bayesian_loss,
     bias_reduced_loss,
     crb_loss,
     mse_loss,
@@ -53,7 +54,7 @@ class Epoch:
         train_loss: mean of the chosen loss over the steps, before each step's update.
         validation_loss: the chosen loss on the validation set after the epoch.
         validation_losses: losses on the validation set, by name; its noise is always the same.
-            The bias-reduced one is among them where it is the chosen one.
+            The Bayesian and the bias-reduced one are among them where they are chosen.
         learning_rate: of Adam in the last step.
         seconds: wall time.
         steps: updates of the weights.
@@ -289,6 +290,7 @@ def _losses(network: Network, config: TrainingConfig) -> dict[str, _Loss]:
         "crb": crb_loss,
         "mse": lambda estimate, truth, _: mse_loss(estimate, truth),
         "relative": lambda estimate, truth, _: relative_loss(estimate, truth, floor),
+        "bayesian": functools.partial(bayesian_loss, spread=network.output_spread),
         "bias-reduced": functools.partial(
             bias_reduced_loss,
             variance_weight=config.variance_weight,
@@ -461,7 +463,8 @@ def _validate(
 
     coefficients, theta, crb, known = noisy
     estimates = estimate(coefficients, known)
-    found = {name: float(losses[name](estimates, theta, crb)) for name in _ORDINARY}
+    named = _ORDINARY if config.noises else dict.fromkeys((*_ORDINARY, config.loss))
+    found = {name: float(losses[name](estimates, theta, crb)) for name in named}
     if config.noises:
         generator = _generator(_VALIDATION_SEED, config.realizations)
         parts = []

@@ -64,6 +64,24 @@ def relative_loss(estimate: Tensor, truth: Tensor, floor: Tensor) -> Tensor:
     return ((estimate - truth).abs() / truth.abs().maximum(floor)).mean()
 
 
+def bayesian_loss(estimate: Tensor, truth: Tensor, crb: Tensor, spread: Tensor) -> Tensor:
+    r"""Mean squared error in units of what data and prior tell of each parameter together.
+
+        L = 1/(S E) Σ_s Σ_e (θ̂ − θ)² (1/CRB + 1/spread²)
+
+    Where the bound is far below the prior's variance this is the loss of Eq. 1; where it is far
+    above, or infinite, it is the squared error in units of the prior, which `crb_loss` all but
+    leaves out. 1 is what a linear Gaussian parameter allows who knows the prior (van Trees 1968).
+
+    Args:
+        estimate: θ̂, shape (S, E), in the parameters' units.
+        truth: θ, shape (S, E), the same units.
+        crb: bound of θ for this noise and this M0, shape (S, E), those units squared.
+        spread: standard deviation of the prior, shape (E,), those units.
+    """
+    return ((estimate - truth).square() * (1 / crb + spread.pow(-2))).mean()
+
+
 def bias_reduced_loss(
     estimates: Tensor,
     truth: Tensor,
