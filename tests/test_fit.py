@@ -14,7 +14,7 @@ import fisherprint as fp
 from fisherprint import evaluate, fisher, maps, sequence
 from fisherprint.fit import Dictionary, LeastSquares, Reason, least_squares
 from fisherprint.fit.least_squares import projected
-from fisherprint.fit.minimize import Local, minimize
+from fisherprint.fit.minimize import Local, minimize, one_step
 from fisherprint.models import Fingerprints
 from fisherprint.models.protocol import Named
 
@@ -158,6 +158,51 @@ def test_the_last_iteration_is_the_last():
     found = search(rosenbrock, [-1.2, 1.0], iterations=3)
     assert (found.iterations[0], found.reason[0]) == (3, Reason.ITERATIONS)
     assert found.local.cost[0] < 24.2 / 2  # the start's
+
+
+# One step.
+
+
+def test_one_step_ends_a_linear_problem_and_is_moved_within_the_bounds():
+    rng = np.random.default_rng(4)
+    J, y, start = rng.standard_normal((9, 3)), rng.standard_normal(9), np.zeros((2, 3))
+
+    def evaluate(x, which):
+        r = x @ J.T - y
+        return Local((r**2).sum(1) / 2, r @ J, np.broadcast_to(J.T @ J, (len(x), 3, 3)))
+
+    expected = np.linalg.lstsq(J, y)[0]
+    low = np.array([[-9.0, -9.0, -9.0], [-9.0, -9.0, expected[2] + 0.5]])
+    found = one_step(evaluate, start, low, np.full((2, 3), 9.0))
+    np.testing.assert_allclose(found.point[0], expected, rtol=1e-9)
+    # Unlike a search, the others do not follow the one that is moved.
+    np.testing.assert_allclose(found.point[1], [*expected[:2], expected[2] + 0.5], rtol=1e-9)
+    assert (found.reason == Reason.ONE_STEP).all() and (found.iterations == 1).all()
+    assert Reason.ONE_STEP.is_converged and not Reason.ONE_STEP.is_failed
+
+
+def test_one_step_from_noisy_starts_is_efficient(inversion):
+    """Le Cam: starts as wide as the bound leave its variance, and none of their own bias."""
+    model, basis, theta = inversion
+    rng, sigma, n = np.random.default_rng(5), 0.002, 400
+    c, jacobian = least_squares.simulated(model, basis, theta[:8])
+    crb = fisher.bounds(fisher.information(c, jacobian, noise_std=sigma))[:, :2]  # less M0's
+    x = np.repeat(c, n, axis=0)
+    x = x + sigma * noise(x.shape, rng)
+    # Each start misses by one bound in all directions, always the same way, and by noise.
+    start = np.repeat(theta[:8] + np.sqrt(crb), n, axis=0)
+    start += np.repeat(np.sqrt(crb), n, axis=0) * rng.standard_normal(start.shape)
+    estimator = LeastSquares(model, basis, start=theta[0], noise_std=sigma, one_step=True)
+    found = estimator.fit(x, start=start)
+    z = (found.theta.reshape(8, n, 2) - theta[:8, None]) / np.sqrt(crb)[:, None]
+    # Four standard errors of a mean and of a variance; second order is far below at this noise.
+    assert np.abs(z.mean(axis=1)).max() < 4 / np.sqrt(n)
+    assert np.abs(z.var(axis=1, ddof=1) - 1).max() < 4 * np.sqrt(2 / n)
+    assert found.converged.all() and (found.iterations == 1).all()
+    # It is no search: the gradient is not zero there, and the smallest residual lies elsewhere.
+    searched = LeastSquares(model, basis, start=theta[0], noise_std=sigma).fit(x, start=start)
+    assert (found.residual >= searched.residual * (1 - 1e-9)).all()
+    assert (found.residual > searched.residual * (1 + 1e-9)).any()
 
 
 # Variable projection.

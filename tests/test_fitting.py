@@ -180,6 +180,28 @@ def test_a_volume_is_the_fit_of_its_voxels(
     assert not (tmp_path / "maps" / "chunks").exists()
 
 
+def test_one_step_of_a_volume_is_that_of_its_voxels(
+    run: Run, images: Path, expected: fit.Fit, tmp_path: Path
+) -> None:
+    found = fitted(run, images, tmp_path / "maps", one_step=True)
+    mask = np.asarray(nibabel.load(images.parent / "mask.nii.gz").dataobj) != 0
+    good = mask & (np.arange(mask.size).reshape(SHAPE) != 7)
+    assert (found["reason"][good] == fit.Reason.ONE_STEP).all()
+    assert found["reason"].ravel()[7] == fit.Reason.NO_SIGNAL
+    assert (found["iterations"][good] == 1).all()
+    # No failure, no lack of convergence; and not what the search finds.
+    left_over = {maps.Status.NOT_CONVERGED, maps.Status.NOT_FINITE} & set(found["status"][good])
+    assert not left_over
+    assert np.abs(found["T1"][good] / expected["T1"].reshape(SHAPE)[good] - 1).max() > 1e-3
+    # From the truth, a step is the noise: within five standard deviations.
+    error = found["T1"] - nibabel.load(images.parent / "truth" / "T1.nii.gz").get_fdata()
+    assert np.nanmax(np.abs(error / found["T1_std"])) < 5
+    summary = json.loads((tmp_path / "maps" / "summary.json").read_text())
+    assert summary["failed_voxels"] == 1
+    assert summary["reasons"] == {"one_step": int(good.sum()), "no_signal": 1}
+    assert summary["provenance"]["estimator"] == "non-linear least squares, one step"
+
+
 def check_status(
     found: dict[str, np.ndarray], expected: fit.Fit, mask: np.ndarray, run: Run
 ) -> None:

@@ -9,9 +9,7 @@ import typer
 
 from fisherprint.cli.shell import (
     Force,
-    Scheduler,
     Units,
-    Workers,
     app,
     named,
     shown,
@@ -124,8 +122,13 @@ def fit(
     prior: Annotated[
         float | None, typer.Option(metavar="WIDTH", help="Weigh in the prior; 1: as it is.")
     ] = None,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
+    one_step: Annotated[
+        bool, typer.Option("--one-step", help="One step from the start, no search.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Or --scheduler tcp://HOST:PORT.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(hidden=True)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace maps that are there.")
@@ -146,6 +149,7 @@ def fit(
             known={name: _fixed(word) for name, word in named(known or (), _FIXED).items()},
             start=None if start is None else int(start) if start.isdigit() else Path(start),
             prior=prior,
+            one_step=one_step,
             overwrite=overwrite,
             stated=named(stated or ()),
             executor=pool.executor,

@@ -74,6 +74,7 @@ def fit_run(
     known: Mapping[str, float | Path] | None = None,
     start: int | Path | None = None,
     prior: float | None = None,
+    one_step: bool = False,
     overwrite: bool = False,
     stated: Mapping[str, str] | None = None,
     executor: Executor | None = None,
@@ -98,6 +99,7 @@ def fit_run(
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
         prior: weigh in the normal distributions of the run's prior, this many times as wide; 1
             for the most probable estimate. If None, the prior is but the limits.
+        one_step: one step of Gauss and Newton from each start, in place of the search.
         overwrite: replace maps that are there.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
@@ -142,12 +144,14 @@ def fit_run(
         bounds=bounds,
         prior=normals_of(from_prior, prior, unknown=set(model.names) - set(known or {})),
         noise_std=noise_std,
+        one_step=one_step,
     )
     files.conversions(_described(model, estimator), stated or {})  # refused now, not in the end
     content = (
         *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
         *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
         *(estimator.prior, n_starts, noise_std, voxels.digest, CHUNK, versions()),
+        *(("one step",) if one_step else ()),  # earlier chunks of searches keep their name
     )
     identity = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     folder = out / "chunks" / identity
@@ -189,7 +193,9 @@ def fit_run(
         noise = error_bars.Noise(noise_std, "given" if given else "background", of_residuals)
     provenance = {
         "fisherprint": versions()["fisherprint"],
-        "estimator": "non-linear least squares" + " with a prior" * bool(estimator.prior),
+        "estimator": "non-linear least squares"
+        + ", one step" * one_step
+        + " with a prior" * bool(estimator.prior),
         "dataset_sha256": files.file_digest(run.dataset),
         "basis_sha256": data.basis.digest,
         "basis_of_images_sha256": basis_of_images,
@@ -299,12 +305,17 @@ def _status(
         at_bound |= (values <= low) | (values >= high)
     return maps.classified(
         {
-            maps.Status.NOT_FINITE: found["reason"] > fit.Reason.ITERATIONS,
+            maps.Status.NOT_FINITE: _failed(found),
             maps.Status.NOT_CONVERGED: found["reason"] == fit.Reason.ITERATIONS,
             maps.Status.AT_BOUND: at_bound,
             maps.Status.MISFIT: found["residual"] > largest_residual,
         }
     )
+
+
+def _failed(found: Arrays) -> NDArray[np.bool_]:
+    """Voxels without an estimate."""
+    return np.isin(found["reason"], [reason for reason in fit.Reason if reason.is_failed])
 
 
 def _file(folder: Path, number: int) -> Path:
@@ -334,7 +345,7 @@ def _write(
     """Maps, regions and the summary."""
     described = _described(model, estimator)
     columns = [model.index(parameter.name) for parameter in described]
-    failed = int((found["reason"] > fit.Reason.ITERATIONS).sum())
+    failed = int(_failed(found).sum())
 
     def write(
         parameters: list[Parameter], values: NDArray[np.float64], **options: Any

@@ -30,11 +30,18 @@ class Reason(IntEnum):
     """What is given of the voxel is not finite, or zero."""
     REFUSED = 5
     """The model refuses the start, or a known parameter, or gives no finite signal there."""
+    ONE_STEP = 6
+    """The one step that was asked for."""
 
     @property
     def is_converged(self) -> bool:
-        """Whether the estimate is a minimum."""
-        return self <= Reason.COST
+        """Whether the estimate is what was asked for: a minimum, or the end of one step."""
+        return self <= Reason.COST or self == Reason.ONE_STEP
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether there is no estimate."""
+        return self in (Reason.NO_SIGNAL, Reason.REFUSED)
 
 
 class Local(NamedTuple):
@@ -178,6 +185,39 @@ def minimize(
         reason[active[rounding]] = Reason.COST
         active = active[~(short | rounding)]
     return Minimum(point, local, tried, reason)
+
+
+def one_step(
+    evaluate: Callable[[Floats, Integers], Local], start: Floats, low: Floats, high: Floats
+) -> Minimum:
+    r"""One step of Gauss and Newton from n starts, p = -(JᵀJ)⁻¹ Jᵀr, and no search.
+
+    Nothing is damped, and the bounds do not bend the step: what ends beyond one is moved to it,
+    and the others are not told. Where a start has errors of the size of the noise in all
+    parameters, this is Le Cam's estimator: it has the variance of the bound and no memory of the
+    start, up to terms of second order (van der Vaart, Asymptotic Statistics, 1998, section 5.7).
+
+    Args:
+        evaluate: as for `minimize`.
+        start: shape (n, F), within the bounds.
+        low: lower bounds, shape (n, F), -inf for none.
+        high: upper bounds, likewise.
+    """
+    every: Integers = np.arange(len(start))
+    here = evaluate(start, every)
+    fine = np.isfinite(here.cost)
+    gradient = np.where(fine[:, None], here.gradient, 0.0)
+    curvature = np.where(fine[:, None, None], here.curvature, 0.0)
+    length = np.sqrt(np.diagonal(curvature, axis1=1, axis2=2))
+    D = np.where(length > 0, length, 1.0)
+    free = np.zeros(start.shape, dtype=bool)
+    step = _solved(
+        curvature / (D[:, :, None] * D[:, None, :]), gradient / D, np.zeros(len(D)), free, start
+    )
+    point = np.clip(start + step / D, low, high)
+    there = evaluate(point, every)
+    reason = np.where(fine & np.isfinite(there.cost), Reason.ONE_STEP, Reason.REFUSED)
+    return Minimum(point, there, fine.astype(np.intp), reason.astype(np.int8))
 
 
 def _secant(S: Floats, s: Floats, y: Floats, curvature: Floats) -> Floats:
