@@ -1,6 +1,7 @@
 """Least squares with and without a prior, on test data of a run: against the bound, and the truth.
 
     python benchmarks/efficiency.py RUN [--snr 50] [--fingerprints 120] [--noise 24] [--prior 1 2]
+        [--one-step 10]
 
 Each fit starts at the estimate of the run's network, other parameters at the most similar
 fingerprint. "Determined" are the fingerprints whose √CRB is below a third of the prior's spread;
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fisherprint import experiment, fisher, fit
+from fisherprint import experiment, fisher, fit, train
 from fisherprint.experiment import fit_inputs
 from fisherprint.network import as_estimator
 
@@ -44,6 +45,8 @@ def rows(
     lines = []
     for e, name in enumerate(names):
         inside = determined[:, e]
+        if inside.sum() < 2:
+            continue
         b, v = bias[inside, e], variance[inside, e] / crb[inside, e]
         root = np.sqrt(inside.sum())
         far = np.abs(error[inside, :, e]) > 5 * np.sqrt(crb[inside, None, e])
@@ -70,7 +73,9 @@ def main() -> None:
     parser.add_argument("--fingerprints", type=int, default=120)
     parser.add_argument("--noise", type=int, default=24, help="realizations of each")
     parser.add_argument("--prior", type=float, nargs="*", default=[1.0, 2.0], help="widths")
+    parser.add_argument("--one-step", type=float, nargs="*", help="no search; widths of a prior")
     arguments = parser.parse_args()
+    one_step = arguments.one_step is not None
 
     run = experiment.open_run(arguments.run)
     trained, (data, pulses, model) = experiment.open_trained(run), experiment.read_data(run)
@@ -91,7 +96,8 @@ def main() -> None:
     dictionary = fit.Dictionary(
         data.names, training.theta[:_ENTRIES], training.coefficients[:_ENTRIES]
     )
-    by_network = np.asarray(as_estimator(trained.network)(x))
+    extra = train.extra_inputs(run.experiment.training, x, np.empty(0), noise_std=std)
+    by_network = np.asarray(as_estimator(trained.network)(np.concatenate([x, extra], axis=-1)))
     start = dictionary.nearest(x, 1)
     start[..., columns] = by_network[:, None]
 
@@ -104,7 +110,7 @@ def main() -> None:
     table = rows("network", names, by_network.reshape(shape), None, truth, crb, determined)
     print("\n".join(table), flush=True)
     prior = fit_inputs.prior_of(run, model, pulses)
-    for width in (None, *arguments.prior):
+    for width in (None, *(arguments.one_step if one_step else arguments.prior)):
         estimator = fit.LeastSquares(
             model,
             data.basis,
@@ -112,12 +118,14 @@ def main() -> None:
             bounds=fit_inputs.bounds_of(prior, model),
             prior=fit_inputs.normals_of(prior, width, unknown=set(model.names)),
             noise_std=std,
+            one_step=one_step,
         )
         found = estimator.fit(x, start=start)
         estimates, announced = (
             values[:, columns].reshape(shape) for values in (found.theta, found.std)
         )
-        label = "no prior" if width is None else f"prior × {width:g}"
+        label = "one step, " * one_step
+        label += "no prior" if width is None else f"prior × {width:g}"
         print(
             "\n".join(rows(label, names, estimates, announced, truth, crb, determined)), flush=True
         )
