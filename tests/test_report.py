@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import re
+import typing
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -21,7 +22,7 @@ from fisherprint.report.document import _html_symbol, _uncertain
 from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import DataSet, Reduced
 from fisherprint.subspace import Basis
-from fisherprint.train import Epoch
+from fisherprint.train import Epoch, LossName
 
 SHARE = Parameter("m0s", r"$m_0^s$", "", (0, 1))
 TIME = Parameter("T2f", r"$T_2^f$", "s", (0, 10), "ms", 1e3)
@@ -85,6 +86,14 @@ def test_convergence_draws_epochs_and_log_records_alike():
     assert set(lines(axes)) == {"training", "validation"}
     with pytest.raises(KeyError, match="unknown loss 'l2'; known are crb, mse, relative"):
         report.convergence(log, "l2")
+
+
+@pytest.mark.parametrize("loss", typing.get_args(LossName))
+def test_the_convergence_of_every_loss_is_drawn(loss):
+    log = [Epoch(n, 9.0 / n, 10.0 / n, {"crb": 10.0 / n}, 0.01 / n, 1.0, 5) for n in (1, 2, 3)]
+    axes, _ = report.convergence(log, loss).axes
+    assert lines(axes)["validation"].tolist() == [[1, 10], [2, 5], [3, 10 / 3]]
+    assert axes.get_ylabel()
 
 
 @pytest.mark.paper("Fig. 7")

@@ -37,6 +37,7 @@ _LOSS_LABELS = {
     "crb": "loss (mean squared error / CRB)",
     "mse": "mean squared error (mixed units)",
     "relative": "mean relative absolute error",
+    "bayesian": "loss (mean squared error / CRB and prior)",
     "bias-reduced": "loss (bias² and variance in excess / CRB)",
 }
 
