@@ -669,7 +669,7 @@ def test_the_gpu_resumes_where_it_was(tiny_run: list[tuple[Epoch, State]]) -> No
         ({"scale_range": (0.0, 1.0)}, "expected 0 < low ≤ high"),
         ({"learning_rate_floor": 0.1}, "Lower the floor"),
         ({"noise_std": 0.0}, "greater than 0"),
-        ({"loss": "mae"}, "'crb', 'mse', 'relative' or 'bias-reduced'"),
+        ({"loss": "mae"}, "'crb', 'mse', 'relative', 'bayesian' or 'bias-reduced'"),
         ({"loss": "bias-reduced"}, "multiple of realizations = 200; got 512.*6400 are 32 finger"),
         (
             {"realizations": 5},
