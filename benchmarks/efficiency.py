@@ -1,19 +1,21 @@
 """Least squares with and without a prior, on test data of a run: against the bound, and the truth.
 
     python benchmarks/efficiency.py RUN [--snr 50] [--fingerprints 120] [--noise 24] [--prior 1 2]
-        [--one-step 10]
+        [--seed 0] [--steps 0.5 15]
 
 Each fit starts at the estimate of the run's network, other parameters at the most similar
 fingerprint. "Determined" are the fingerprints whose √CRB is below a third of the prior's spread;
 the shares bias²/CRB (less what so few noises leave of the variance) and variance/CRB are of
 these, and the bound knows of no prior. The columns behind are of all fingerprints: root mean
 square error, mean square error over the mean of the announced variance, and how often the truth
-lies within one announced standard deviation.
+lies within one announced standard deviation. With --steps there is no search, but so many steps,
+damped by these spreads of the prior (0.5 15 are those of `fit --two-steps`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +75,16 @@ def main() -> None:
     parser.add_argument("--fingerprints", type=int, default=120)
     parser.add_argument("--noise", type=int, default=24, help="realizations of each")
     parser.add_argument("--prior", type=float, nargs="*", default=[1.0, 2.0], help="widths")
-    parser.add_argument("--one-step", type=float, nargs="*", help="no search; widths of a prior")
+    parser.add_argument("--seed", type=int, default=0, help="of fingerprints and noise")
+    parser.add_argument("--steps", type=float, nargs="+", help="no search; spreads of the prior")
     arguments = parser.parse_args()
-    one_step = arguments.one_step is not None
 
     run = experiment.open_run(arguments.run)
     trained, (data, pulses, model) = experiment.open_trained(run), experiment.read_data(run)
     names = tuple(run.experiment.training.estimated)
     columns = [model.index(name) for name in names]
     std, n_noise = 1 / arguments.snr, arguments.noise
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(arguments.seed)
     test, training = data.samples["test"], data.samples["training"]
     picked = rng.choice(len(test.theta), arguments.fingerprints, replace=False)
     theta = np.asarray(test.theta[picked], dtype=np.float64)
@@ -110,22 +112,28 @@ def main() -> None:
     table = rows("network", names, by_network.reshape(shape), None, truth, crb, determined)
     print("\n".join(table), flush=True)
     prior = fit_inputs.prior_of(run, model, pulses)
-    for width in (None, *(arguments.one_step if one_step else arguments.prior)):
-        estimator = fit.LeastSquares(
-            model,
-            data.basis,
-            start=theta[0],
-            bounds=fit_inputs.bounds_of(prior, model),
-            prior=fit_inputs.normals_of(prior, width, unknown=set(model.names)),
-            noise_std=std,
-            one_step=one_step,
-        )
+    unknown = set(model.names)
+    plain = fit.LeastSquares(
+        model,
+        data.basis,
+        start=theta[0],
+        bounds=fit_inputs.bounds_of(prior, model),
+        noise_std=std,
+    )
+    estimators = {"least squares": plain}
+    if arguments.steps:
+        steps = fit_inputs.steps_of(prior, unknown, arguments.steps)
+        label = f"steps of {', '.join(f'{width:g}' for width in arguments.steps)}"
+        estimators = {label: dataclasses.replace(plain, steps=steps)}
+    else:
+        for width in arguments.prior:
+            normals = fit_inputs.normals_of(prior, width, unknown)
+            estimators[f"prior × {width:g}"] = dataclasses.replace(plain, prior=normals)
+    for label, estimator in estimators.items():
         found = estimator.fit(x, start=start)
         estimates, announced = (
             values[:, columns].reshape(shape) for values in (found.theta, found.std)
         )
-        label = "one step, " * one_step
-        label += "no prior" if width is None else f"prior × {width:g}"
         print(
             "\n".join(rows(label, names, estimates, announced, truth, crb, determined)), flush=True
         )

@@ -14,7 +14,7 @@ import fisherprint as fp
 from fisherprint import evaluate, fisher, maps, sequence
 from fisherprint.fit import Dictionary, LeastSquares, Reason, least_squares
 from fisherprint.fit.least_squares import projected
-from fisherprint.fit.minimize import Local, minimize, one_step
+from fisherprint.fit.minimize import Local, few_steps, minimize
 from fisherprint.models import Fingerprints
 from fisherprint.models.protocol import Named
 
@@ -160,12 +160,12 @@ def test_the_last_iteration_is_the_last():
     assert found.local.cost[0] < 24.2 / 2  # the start's
 
 
-# One step.
+# A few steps.
 
 
-def test_one_step_ends_a_linear_problem_and_is_moved_within_the_bounds():
+def test_few_steps_solve_what_they_say_and_are_moved_within_the_bounds():
     rng = np.random.default_rng(4)
-    J, y, start = rng.standard_normal((9, 3)), rng.standard_normal(9), np.zeros((2, 3))
+    J, y, start = rng.standard_normal((9, 3)), rng.standard_normal(9), np.ones((2, 3))
 
     def evaluate(x, which):
         r = x @ J.T - y
@@ -173,12 +173,64 @@ def test_one_step_ends_a_linear_problem_and_is_moved_within_the_bounds():
 
     expected = np.linalg.lstsq(J, y)[0]
     low = np.array([[-9.0, -9.0, -9.0], [-9.0, -9.0, expected[2] + 0.5]])
-    found = one_step(evaluate, start, low, np.full((2, 3), 9.0))
+    high, none = np.full((2, 3), 9.0), np.zeros((2, 3))
+    found = few_steps(evaluate, start, low, high, [none])
+    # A linear problem is at its end after one step that is not damped.
     np.testing.assert_allclose(found.point[0], expected, rtol=1e-9)
     # Unlike a search, the others do not follow the one that is moved.
     np.testing.assert_allclose(found.point[1], [*expected[:2], expected[2] + 0.5], rtol=1e-9)
-    assert (found.reason == Reason.ONE_STEP).all() and (found.iterations == 1).all()
-    assert Reason.ONE_STEP.is_converged and not Reason.ONE_STEP.is_failed
+    assert (found.reason == Reason.FEW_STEPS).all() and (found.iterations == 1).all()
+    assert Reason.FEW_STEPS.is_converged and not Reason.FEW_STEPS.is_failed
+
+    # Each damped step ends where ½‖r‖² + ½ Σ w (x - where it began)² is smallest.
+    weights = [np.array([[0.3, 5.0, 100.0]] * 2), np.array([[40.0, 1e-3, 0.0]] * 2)]
+    found = few_steps(evaluate, start, -high, high, weights)
+    x = start[0]
+    for weight in weights:
+        stacked = np.concatenate([J, np.diag(np.sqrt(weight[0]))])
+        x = np.linalg.lstsq(stacked, np.concatenate([y, np.sqrt(weight[0]) * x]))[0]
+    np.testing.assert_allclose(found.point, [x, x], rtol=1e-9)
+    assert (found.iterations == 2).all()
+
+
+def test_a_step_out_of_the_model_is_no_estimate():
+    """A cost that is not finite where a step ends, or where it begins, is refused, alone."""
+
+    def evaluate(x, which):
+        cost = np.where(x[:, 0] < 2, ((x - 1) ** 2).sum(1) / 2, np.inf)
+        slope = np.where(x < 2, x - 1, np.nan)
+        return Local(cost, slope, np.where(x < 2, 1.0, np.nan)[:, :, None])
+
+    start, wide = np.array([[0.0], [3.0]]), np.full((2, 1), 9.0)
+    found = few_steps(evaluate, start, -wide, wide, [np.zeros((2, 1))])
+    assert found.reason.tolist() == [Reason.FEW_STEPS, Reason.REFUSED]
+    assert found.point[0, 0] == pytest.approx(1, abs=1e-12)
+
+
+def test_steps_are_damped_by_their_standard_deviations(inversion):
+    """In units of parameters and σ, whatever the scale of the coefficients."""
+    model, basis, theta = inversion
+    rng, sigma = np.random.default_rng(6), 0.01
+    true, start = theta[:6], theta[:6] * 0.95
+    x = 3j * basis.compress(model.signal(true)) + sigma * noise((6, basis.rank), rng)
+    steps = [{"T1": 0.02, "efficiency": 0.01}, {"T1": 0.5}]
+    estimator = LeastSquares(model, basis, start=true[0], noise_std=sigma, steps=steps)
+    found = estimator.fit(x, start=start)
+    expected = start
+    for step in steps:
+        c, jacobian = least_squares.simulated(model, basis, expected)
+        local = least_squares.projected(x, c, jacobian)
+        inverse = [step.get(name, np.inf) ** -2.0 for name in model.names]
+        matrix = local.curvature / sigma**2 + np.diag(inverse)
+        expected = expected - np.linalg.solve(matrix, local.gradient[..., None])[..., 0] / sigma**2
+    np.testing.assert_allclose(found.theta, expected, rtol=1e-7)
+    # The first one is so narrow that it holds.
+    assert np.abs(expected / start - 1).max() > 1e-3
+    np.testing.assert_allclose(
+        estimator.fit(2 * x, start=start, noise_std=2 * sigma).theta, found.theta, rtol=1e-9
+    )
+    known = LeastSquares(model, basis, start=true[0], known={"efficiency": 0.9}, steps=[{}])
+    assert np.isfinite(known.fit(x, start=start).theta).all()
 
 
 def test_one_step_from_noisy_starts_is_efficient(inversion):
@@ -192,7 +244,7 @@ def test_one_step_from_noisy_starts_is_efficient(inversion):
     # Each start misses by one bound in all directions, always the same way, and by noise.
     start = np.repeat(theta[:8] + np.sqrt(crb), n, axis=0)
     start += np.repeat(np.sqrt(crb), n, axis=0) * rng.standard_normal(start.shape)
-    estimator = LeastSquares(model, basis, start=theta[0], noise_std=sigma, one_step=True)
+    estimator = LeastSquares(model, basis, start=theta[0], steps=[{}])
     found = estimator.fit(x, start=start)
     z = (found.theta.reshape(8, n, 2) - theta[:8, None]) / np.sqrt(crb)[:, None]
     # Four standard errors of a mean and of a variance; second order is far below at this noise.
@@ -752,6 +804,9 @@ def test_a_wide_prior_says_nothing(two_pool):
         ({"prior": {"T1": (1.0, 0.5)}}, ValueError, "expected a noise_std, against which"),
         ({"prior": {"T1": (1.0, 0.0)}}, ValueError, "standard deviation of T1's prior must be"),
         ({"prior": {"T1": (np.nan, 1.0)}}, ValueError, "mean of T1's prior must be finite"),
+        ({"steps": [{}, {"T3": 1.0}]}, KeyError, "known are T1, efficiency"),
+        ({"steps": [{"T1": 0.0}], "noise_std": 1.0}, ValueError, "deviation of T1 in a step must"),
+        ({"steps": [{"T1": 1.0}]}, ValueError, "noise_std, against which a step is damped; got n"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be a positive"),
         ({"basis": fp.Basis(np.eye(9, 3))}, ValueError, "model's 16 time points; got 9"),
     ],

@@ -122,8 +122,8 @@ def fit(
     prior: Annotated[
         float | None, typer.Option(metavar="WIDTH", help="Weigh in the prior; 1: as it is.")
     ] = None,
-    one_step: Annotated[
-        bool, typer.Option("--one-step", help="One step from the start, no search.")
+    two_steps: Annotated[
+        bool, typer.Option("--two-steps", help="Damped, from the start; no search.")
     ] = False,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Or --scheduler tcp://HOST:PORT.")
@@ -149,7 +149,7 @@ def fit(
             known={name: _fixed(word) for name, word in named(known or (), _FIXED).items()},
             start=None if start is None else int(start) if start.isdigit() else Path(start),
             prior=prior,
-            one_step=one_step,
+            two_steps=two_steps,
             overwrite=overwrite,
             stated=named(stated or ()),
             executor=pool.executor,

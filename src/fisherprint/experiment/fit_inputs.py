@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,12 @@ from fisherprint.parameters import Prior, TruncatedNormal, paper_prior
 from fisherprint.sequence import PulseTrain
 from fisherprint.simulate import DataSet
 from fisherprint.subspace import Basis
+
+TWO_STEPS = (0.5, 15.0)
+"""Spreads of the prior within which each of two steps keeps near its beginning.
+
+Why these: docs/decisions/046-two-steps.md.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,3 +213,17 @@ def normals_of(
             "out."
         )
     return normals
+
+
+def steps_of(
+    prior: Prior, unknown: set[str], widths: Sequence[float] = TWO_STEPS
+) -> list[dict[str, float]]:
+    """Standard deviations by name that damp each step: the spreads of the prior, times a width."""
+    spread = {
+        name: one.std
+        if isinstance(one, TruncatedNormal)
+        else (one.high - one.low) / float(np.sqrt(12.0))
+        for name, one in prior.distributions.items()
+        if name in unknown
+    }
+    return [{name: width * std for name, std in spread.items()} for width in widths]

@@ -24,6 +24,7 @@ from fisherprint.experiment.fit_inputs import (
     prior_of,
     read_images,
     read_voxels,
+    steps_of,
 )
 from fisherprint.experiment.folder import (
     Progress,
@@ -74,7 +75,7 @@ def fit_run(
     known: Mapping[str, float | Path] | None = None,
     start: int | Path | None = None,
     prior: float | None = None,
-    one_step: bool = False,
+    two_steps: bool = False,
     overwrite: bool = False,
     stated: Mapping[str, str] | None = None,
     executor: Executor | None = None,
@@ -88,7 +89,7 @@ def fit_run(
     Args:
         run: its data set says train, model, basis and prior, which bounds the parameters.
         section: the images, their mask, and σ if it is known; else it comes from the residual, or
-            with a prior from the background.
+            with a prior or two steps from the background.
         out: folder for the maps: of each parameter, of its standard deviation (`<name>_std`), of
             M0, the relative residual, the iterations and the `fit.Reason` of the end; of the
             `maps.Status`; and `summary.json`.
@@ -99,7 +100,7 @@ def fit_run(
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
         prior: weigh in the normal distributions of the run's prior, this many times as wide; 1
             for the most probable estimate. If None, the prior is but the limits.
-        one_step: one step of Gauss and Newton from each start, in place of the search.
+        two_steps: two damped steps from each start, in place of the search.
         overwrite: replace maps that are there.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
@@ -114,7 +115,7 @@ def fit_run(
             folder to start from.
         BasisMismatchError: the images, or the network to start from, have another basis.
         ValueError: images, mask, known parameters, starts or a prior that do not fit, or a prior
-            where nothing tells σ.
+            or two steps where nothing tells σ.
     """
     if (out / "summary.json").exists() and not overwrite:
         raise files.OutputExistsError(
@@ -132,8 +133,15 @@ def fit_run(
         raise ValueError(
             f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
         )
+    unknown = set(model.names) - set(known)
+    distant = sorted(unknown - set(voxels.start))
+    if two_steps and distant:
+        say(
+            f"two steps need a start near the truth; {', '.join(distant)} begin at the most "
+            "similar fingerprint, which is too far. Start from a network of all parameters."
+        )
     noise_std = section.noise_std
-    if noise_std is None and prior is not None:
+    if noise_std is None and (prior is not None or two_steps):
         noise_std = error_bars.noise_of_background(volume.data, mask)
     estimator = fit.LeastSquares(
         model,
@@ -142,16 +150,16 @@ def fit_run(
         known=values,
         inputs=tuple(voxels.known),
         bounds=bounds,
-        prior=normals_of(from_prior, prior, unknown=set(model.names) - set(known or {})),
+        prior=normals_of(from_prior, prior, unknown=unknown),
         noise_std=noise_std,
-        one_step=one_step,
+        steps=steps_of(from_prior, unknown) if two_steps else (),
     )
     files.conversions(_described(model, estimator), stated or {})  # refused now, not in the end
     content = (
         *(pulses.digest, type(model).__name__, getattr(model, "saturation", None), model.names),
         *(data.basis.digest, files.file_digest(run.dataset), values, estimator.bounds),
         *(estimator.prior, n_starts, noise_std, voxels.digest, CHUNK, versions()),
-        *(("one step",) if one_step else ()),  # earlier chunks of searches keep their name
+        *estimator.steps,  # none of a search, whose earlier chunks keep their name
     )
     identity = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     folder = out / "chunks" / identity
@@ -194,7 +202,7 @@ def fit_run(
     provenance = {
         "fisherprint": versions()["fisherprint"],
         "estimator": "non-linear least squares"
-        + ", one step" * one_step
+        + ", two steps" * two_steps
         + " with a prior" * bool(estimator.prior),
         "dataset_sha256": files.file_digest(run.dataset),
         "basis_sha256": data.basis.digest,

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fisherprint import _checks, fisher
 from fisherprint.fit.matching import Dictionary
-from fisherprint.fit.minimize import Floats, Integers, Local, Reason, minimize, one_step
+from fisherprint.fit.minimize import Floats, Integers, Local, Reason, few_steps, minimize
 from fisherprint.models import SignalModel
 from fisherprint.subspace import Basis
 
@@ -63,7 +63,7 @@ class Fit:
 
     @property
     def converged(self) -> NDArray[np.bool_]:
-        """Where the estimate is a minimum, or that of one step if it was asked for, shape (V,)."""
+        """Where the estimate is a minimum, or that of the steps asked for, shape (V,)."""
         return np.isin(self.reason, [reason for reason in Reason if reason.is_converged])
 
     def __getitem__(self, name: str) -> Floats:
@@ -96,16 +96,18 @@ class LeastSquares:
             have beforehand. Then the sum of squares has σ²((θ - mean)/std)² for each of them: the
             estimate is the most probable one (MAP), at the M0 that fits best.
         noise_std: σ where a call gives none. A prior needs it.
-        one_step: no search, but one step of Gauss and Newton from the start, whose result is moved
-            within the bounds. From a network of all parameters it is nearly efficient where the
+        steps: no search, but so many steps of Levenberg and Marquardt from the start, and the
+            result of each moved within the bounds. Each has standard deviations by name, within
+            which it keeps near its beginning: (JᵀJ + σ²/std²) p = -Jᵀr; those without one are not
+            damped. From a network of all parameters, two of them are nearly efficient where the
             search, which ends in the smallest residual however far that lies, is not. From a
-            start farther away than noise explains it is no estimate.
+            start farther away than noise explains they are no estimate. Needs σ where it damps.
 
     Raises:
         KeyError: an unknown name.
         ValueError: a basis of other time points, bounds or values outside the model's, a start of
             another shape, names that come twice, no unknowns, a standard deviation that is not
-            positive, or a prior without σ.
+            positive, or a prior or a damped step without σ.
 
     Examples:
         >>> import torch
@@ -130,7 +132,7 @@ class LeastSquares:
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     prior: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     noise_std: float | None = None
-    one_step: bool = False
+    steps: Sequence[Mapping[str, float]] = ()
 
     def __post_init__(self) -> None:
         names, limits = self.model.names, self._limits
@@ -167,12 +169,17 @@ class LeastSquares:
             _checks.index(name, unknown, what="unknown parameter")
             _checks.finite(f"the mean of {name}'s prior", mean)
             _checks.positive(f"the standard deviation of {name}'s prior", std)
+        for step in self.steps:
+            for name, std in step.items():
+                _checks.index(name, unknown, what="unknown parameter")
+                _checks.positive(f"the standard deviation of {name} in a step", std)
         if self.noise_std is not None:
             _checks.positive("noise_std", self.noise_std)
-        elif self.prior:
+        elif self.prior or any(self.steps):
+            what = "the prior weighs" if self.prior else "a step is damped"
             raise ValueError(
-                "expected a noise_std, against which the prior weighs; got none. Measure it in a "
-                "region without signal, or leave the prior out."
+                f"expected a noise_std, against which {what}; got none. Measure it in a region "
+                "without signal, or leave that out."
             )
         if not callable(self.start):
             start = np.asarray(self.start, dtype=np.float64)
@@ -264,9 +271,10 @@ class LeastSquares:
         for name, values in zip(self.inputs, given[:, K:].real.T, strict=True):
             theta[:, self.model.index(name)] = np.repeat(values, n_starts)
 
-        # Of σ and parameters, in coefficients of unit norm; σ is NaN only without a prior.
+        # σ in coefficients of unit norm; it is NaN only where nothing is weighed against it.
+        noise = np.nan_to_num(sigma / norm)[:, None]
         mean, std = self._prior
-        weight = np.square(np.nan_to_num(sigma / norm)[:, None] / std)
+        weight = np.square(noise / std)
 
         def local(point: Floats, which: Integers) -> Local:
             there = theta[which]
@@ -281,8 +289,11 @@ class LeastSquares:
         )
         degrees = 2 * K - len(free) - len(fisher.SCALE)
         begun = np.clip(theta[:, free], low, high)
-        if self.one_step:
-            found = one_step(local, begun, low, high)
+        if self.steps:
+            names = [self.model.names[column] for column in free]
+            widths = [np.array([step.get(name, np.inf) for name in names]) for step in self.steps]
+            damped = [np.square(noise / width).repeat(n_starts, axis=0) for width in widths]
+            found = few_steps(local, begun, low, high, damped)
         else:
             found = minimize(
                 local,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -30,13 +30,13 @@ class Reason(IntEnum):
     """What is given of the voxel is not finite, or zero."""
     REFUSED = 5
     """The model refuses the start, or a known parameter, or gives no finite signal there."""
-    ONE_STEP = 6
-    """The one step that was asked for."""
+    FEW_STEPS = 6
+    """The last of the few steps that were asked for."""
 
     @property
     def is_converged(self) -> bool:
-        """Whether the estimate is what was asked for: a minimum, or the end of one step."""
-        return self <= Reason.COST or self == Reason.ONE_STEP
+        """Whether the estimate is what was asked for: a minimum, or the end of a few steps."""
+        return self <= Reason.COST or self == Reason.FEW_STEPS
 
     @property
     def is_failed(self) -> bool:
@@ -187,37 +187,52 @@ def minimize(
     return Minimum(point, local, tried, reason)
 
 
-def one_step(
-    evaluate: Callable[[Floats, Integers], Local], start: Floats, low: Floats, high: Floats
+def few_steps(
+    evaluate: Callable[[Floats, Integers], Local],
+    start: Floats,
+    low: Floats,
+    high: Floats,
+    weights: Sequence[Floats],
 ) -> Minimum:
-    r"""One step of Gauss and Newton from n starts, p = -(JᵀJ)⁻¹ Jᵀr, and no search.
+    r"""A few steps of Levenberg and Marquardt from n starts, each damped by W as told; no search.
 
-    Nothing is damped, and the bounds do not bend the step: what ends beyond one is moved to it,
-    and the others are not told. Where a start has errors of the size of the noise in all
-    parameters, this is Le Cam's estimator: it has the variance of the bound and no memory of the
-    start, up to terms of second order (van der Vaart, Asymptotic Statistics, 1998, section 5.7).
+        (JᵀJ + W) p = -Jᵀr
+
+    The bounds do not bend a step: what ends beyond one is moved to it, and the others are not
+    told. One step that is not damped is Le Cam's estimator: where a start has errors of the size
+    of the noise in all parameters, it has the variance of the bound and no memory of the start,
+    up to terms of second order (van der Vaart, Asymptotic Statistics, 1998, section 5.7). A
+    damped one before it makes these terms small (docs/decisions/046-two-steps.md).
 
     Args:
         evaluate: as for `minimize`.
         start: shape (n, F), within the bounds.
         low: lower bounds, shape (n, F), -inf for none.
         high: upper bounds, likewise.
+        weights: the diagonal of W for each step, shape (n, F): inverse variances, over that of
+            the residual, by which a step shall not leave its start.
     """
     every: Integers = np.arange(len(start))
-    here = evaluate(start, every)
+    point, here = start, evaluate(start, every)
     fine = np.isfinite(here.cost)
-    gradient = np.where(fine[:, None], here.gradient, 0.0)
-    curvature = np.where(fine[:, None, None], here.curvature, 0.0)
-    length = np.sqrt(np.diagonal(curvature, axis1=1, axis2=2))
-    D = np.where(length > 0, length, 1.0)
-    free = np.zeros(start.shape, dtype=bool)
-    step = _solved(
-        curvature / (D[:, :, None] * D[:, None, :]), gradient / D, np.zeros(len(D)), free, start
-    )
-    point = np.clip(start + step / D, low, high)
-    there = evaluate(point, every)
-    reason = np.where(fine & np.isfinite(there.cost), Reason.ONE_STEP, Reason.REFUSED)
-    return Minimum(point, there, fine.astype(np.intp), reason.astype(np.int8))
+    for weight in weights:
+        gradient = np.where(fine[:, None], here.gradient, 0.0)
+        damped = weight[:, None] * np.eye(start.shape[1]) + here.curvature
+        damped = np.where(fine[:, None, None], damped, 0.0)
+        length = np.sqrt(np.diagonal(damped, axis1=1, axis2=2))
+        D = np.where(length > 0, length, 1.0)
+        step = _solved(
+            damped / (D[:, :, None] * D[:, None, :]),
+            gradient / D,
+            np.zeros(len(D)),
+            np.zeros(start.shape, dtype=bool),
+            start,
+        )
+        point = np.clip(point + step / D, low, high)
+        here = evaluate(point, every)
+        fine &= np.isfinite(here.cost)
+    reason = np.where(fine, Reason.FEW_STEPS, Reason.REFUSED)
+    return Minimum(point, here, fine * len(weights), reason.astype(np.int8))
 
 
 def _secant(S: Floats, s: Floats, y: Floats, curvature: Floats) -> Floats:
