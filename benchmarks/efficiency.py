@@ -1,7 +1,7 @@
 """Least squares with and without a prior, on test data of a run: against the bound, and the truth.
 
-    python benchmarks/efficiency.py RUN [--snr 50] [--fingerprints 120] [--noise 24] [--prior 1 2]
-        [--seed 0] [--steps 0.5 15]
+    python benchmarks/efficiency.py RUN [--snr 50] [--fingerprints 120] [--noise 24] [--seed 0]
+        [--prior 1 2 | --steps 0.5 15]
 
 Each fit starts at the estimate of the run's network, other parameters at the most similar
 fingerprint. "Determined" are the fingerprints whose √CRB is below a third of the prior's spread;
@@ -9,7 +9,7 @@ the shares bias²/CRB (less what so few noises leave of the variance) and varian
 these, and the bound knows of no prior. The columns behind are of all fingerprints: root mean
 square error, mean square error over the mean of the announced variance, and how often the truth
 lies within one announced standard deviation. With --steps there is no search, but so many steps,
-damped by these spreads of the prior (0.5 15 are those of `fit --two-steps`).
+damped by these multiples of the prior's std (0.5 15 are those of `fit --two-steps`).
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ def main() -> None:
     parser.add_argument("--snr", type=float, default=50.0, help="|M0|/σ")
     parser.add_argument("--fingerprints", type=int, default=120)
     parser.add_argument("--noise", type=int, default=24, help="realizations of each")
-    parser.add_argument("--prior", type=float, nargs="*", default=[1.0, 2.0], help="widths")
     parser.add_argument("--seed", type=int, default=0, help="of fingerprints and noise")
-    parser.add_argument("--steps", type=float, nargs="+", help="no search; spreads of the prior")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--prior", type=float, nargs="*", default=[1.0, 2.0], help="widths")
+    way.add_argument("--steps", type=float, nargs="+", help="no search; damped by the prior's std")
     arguments = parser.parse_args()
 
     run = experiment.open_run(arguments.run)

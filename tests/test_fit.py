@@ -194,43 +194,62 @@ def test_few_steps_solve_what_they_say_and_are_moved_within_the_bounds():
 
 
 def test_a_step_out_of_the_model_is_no_estimate():
-    """A cost that is not finite where a step ends, or where it begins, is refused, alone."""
+    """A cost that is not finite where a step begins or ends is refused, alone."""
 
     def evaluate(x, which):
-        cost = np.where(x[:, 0] < 2, ((x - 1) ** 2).sum(1) / 2, np.inf)
-        slope = np.where(x < 2, x - 1, np.nan)
-        return Local(cost, slope, np.where(x < 2, 1.0, np.nan)[:, :, None])
+        goal, inside = np.array([1.0, 1.0, 5.0])[which], x[:, 0] < 2
+        away = np.where(inside, x[:, 0] - goal, np.nan)[:, None]
+        cost = np.where(inside, away[:, 0] ** 2 / 2, np.inf)
+        return Local(cost, away, np.where(inside, 1.0, np.nan)[:, None, None])
 
-    start, wide = np.array([[0.0], [3.0]]), np.full((2, 1), 9.0)
-    found = few_steps(evaluate, start, -wide, wide, [np.zeros((2, 1))])
-    assert found.reason.tolist() == [Reason.FEW_STEPS, Reason.REFUSED]
+    start, wide = np.array([[0.0], [3.0], [0.0]]), np.full((3, 1), 9.0)
+    found = few_steps(evaluate, start, -wide, wide, [np.zeros((3, 1))] * 2)
+    assert found.reason.tolist() == [Reason.FEW_STEPS, Reason.REFUSED, Reason.REFUSED]
+    assert found.iterations.tolist() == [2, 0, 1]
     assert found.point[0, 0] == pytest.approx(1, abs=1e-12)
 
 
 def test_steps_are_damped_by_their_standard_deviations(inversion):
-    """In units of parameters and σ, whatever the scale of the coefficients."""
+    """In units of parameters and σ, whatever the scale of the coefficients; of several starts."""
     model, basis, theta = inversion
     rng, sigma = np.random.default_rng(6), 0.01
-    true, start = theta[:6], theta[:6] * 0.95
-    x = 3j * basis.compress(model.signal(true)) + sigma * noise((6, basis.rank), rng)
-    steps = [{"T1": 0.02, "efficiency": 0.01}, {"T1": 0.5}]
+    true = theta[:6]
+    starts = np.stack([true * 0.95, true * [1.04, 0.97]], axis=1)
+    scales = np.linspace(1, 4, 6)[:, None]
+    x = 1j * scales * basis.compress(model.signal(true))
+    x = x + sigma * noise((6, basis.rank), rng)
+    steps = [{"T1": 0.003, "efficiency": 0.002}, {"T1": 0.01}]
     estimator = LeastSquares(model, basis, start=true[0], noise_std=sigma, steps=steps)
-    found = estimator.fit(x, start=start)
-    expected = start
-    for step in steps:
-        c, jacobian = least_squares.simulated(model, basis, expected)
-        local = least_squares.projected(x, c, jacobian)
-        inverse = [step.get(name, np.inf) ** -2.0 for name in model.names]
-        matrix = local.curvature / sigma**2 + np.diag(inverse)
-        expected = expected - np.linalg.solve(matrix, local.gradient[..., None])[..., 0] / sigma**2
-    np.testing.assert_allclose(found.theta, expected, rtol=1e-7)
-    # The first one is so narrow that it holds.
-    assert np.abs(expected / start - 1).max() > 1e-3
+    found = estimator.fit(x, start=starts)
+
+    def closed(begun, steps, free):
+        for step in steps:
+            c, jacobian = least_squares.simulated(model, basis, begun)
+            local = least_squares.projected(x, c, jacobian[..., free])
+            inverse = [step.get(model.names[column], np.inf) ** -2.0 for column in free]
+            matrix = local.curvature / sigma**2 + np.diag(inverse)
+            move = np.linalg.solve(matrix, local.gradient[..., None])[..., 0] / sigma**2
+            begun = begun.copy()
+            begun[:, free] -= move
+        return begun, least_squares.projected(
+            x, *least_squares.simulated(model, basis, begun)
+        ).cost
+
+    ends, costs = zip(*(closed(starts[:, r], steps, [0, 1]) for r in (0, 1)), strict=True)
+    best = np.argmin(costs, axis=0)
+    assert set(best) == {0, 1}
+    np.testing.assert_allclose(found.theta, np.stack(ends)[best, np.arange(6)], rtol=1e-7)
+    free, _ = closed(starts[:, 0], [{}, {}], [0, 1])
+    assert np.abs(ends[0] / free - 1).max() > 1e-2
     np.testing.assert_allclose(
-        estimator.fit(2 * x, start=start, noise_std=2 * sigma).theta, found.theta, rtol=1e-9
+        estimator.fit(2 * x, start=starts, noise_std=2 * sigma).theta, found.theta, rtol=1e-9
     )
+    # Without damping no σ is needed.
     known = LeastSquares(model, basis, start=true[0], known={"efficiency": 0.9}, steps=[{}])
-    assert np.isfinite(known.fit(x, start=start).theta).all()
+    begun = np.column_stack([starts[:, 0, 0], np.full(6, 0.9)])
+    np.testing.assert_allclose(
+        known.fit(x, start=begun).theta, closed(begun, [{}], [0])[0], rtol=1e-7
+    )
 
 
 def test_one_step_from_noisy_starts_is_efficient(inversion):
@@ -806,7 +825,7 @@ def test_a_wide_prior_says_nothing(two_pool):
         ({"prior": {"T1": (np.nan, 1.0)}}, ValueError, "mean of T1's prior must be finite"),
         ({"steps": [{}, {"T3": 1.0}]}, KeyError, "known are T1, efficiency"),
         ({"steps": [{"T1": 0.0}], "noise_std": 1.0}, ValueError, "deviation of T1 in a step must"),
-        ({"steps": [{"T1": 1.0}]}, ValueError, "noise_std, against which a step is damped; got n"),
+        ({"steps": [{"T1": 1.0}]}, ValueError, "against which the damping of steps weighs; got"),
         ({"noise_std": -1.0}, ValueError, "noise_std must be a positive"),
         ({"basis": fp.Basis(np.eye(9, 3))}, ValueError, "model's 16 time points; got 9"),
     ],

@@ -19,6 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 
+import fisherprint as fp
 from fisherprint import cli, error_bars, files, fit, maps
 from fisherprint import experiment as stages
 from fisherprint.experiment import Run, fit_inputs, fitting
@@ -94,12 +95,12 @@ def section(images: Path, **options: object) -> stages.MapSection:
 def fitted(run: Run, images: Path, out: Path, **options: object) -> dict[str, np.ndarray]:
     """The maps that the stage writes."""
     words = {"start": images.parent / "truth", "known": {"B1": B1}} | options
-    noise_std, say = words.pop("noise_std", None), words.pop("say", silent)
+    noise_std = words.pop("noise_std", None)
     stages.fit_run(
         run,
         section(images, noise_std=noise_std),
         out,
-        say=say,
+        say=silent,
         progress=silent,
         **words,
     )
@@ -183,9 +184,8 @@ def test_a_volume_is_the_fit_of_its_voxels(
 def test_two_steps_of_a_volume_are_those_of_its_voxels(
     run: Run, images: Path, expected: fit.Fit, tmp_path: Path
 ) -> None:
-    std, said = 100 * STD, []
-    options = {"noise_std": std, "two_steps": True}
-    found = fitted(run, images, tmp_path / "maps", **options)
+    std = 100 * STD
+    found = fitted(run, images, tmp_path / "maps", noise_std=std, two_steps=True)
     mask = np.asarray(nibabel.load(images.parent / "mask.nii.gz").dataobj) != 0
     good = mask & (np.arange(mask.size).reshape(SHAPE) != 7)
     assert (found["reason"][good] == fit.Reason.FEW_STEPS).all()
@@ -199,15 +199,13 @@ def test_two_steps_of_a_volume_are_those_of_its_voxels(
     error = found["T1"] - nibabel.load(images.parent / "truth" / "T1.nii.gz").get_fdata()
     assert np.nanmax(np.abs(error / found["T1_std"])) < 5
 
-    # The paper's prior in half and in 15 times its spread; B0 is uniform.
+    # As of the voxels alone.
     data, pulses, model = stages.read_data(run)
-    spread = {"m0s": 0.08, "T1": 0.8, "T2f": 0.2, "Rx": 20.0, "T2s": 3e-6}
-    spread["B0"] = 2 * np.pi / 3.5e-3 / np.sqrt(12)
+    prior = fit_inputs.prior_of(run, model, pulses)
     folder = images.parent / "truth"
     truth = np.column_stack(
         [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
     )
-    prior = fit_inputs.prior_of(run, model, pulses)
     estimator = fit.LeastSquares(
         model,
         data.basis,
@@ -215,7 +213,7 @@ def test_two_steps_of_a_volume_are_those_of_its_voxels(
         known={"B1": B1},
         bounds=fit_inputs.bounds_of(prior, model),
         noise_std=std,
-        steps=[{name: k * value for name, value in spread.items()} for k in (0.5, 15)],
+        steps=fit_inputs.steps_of(prior, {*model.names} - {"B1"}),
     )
     x = np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK)
     alone = estimator.fit(x, start=truth)
@@ -227,9 +225,50 @@ def test_two_steps_of_a_volume_are_those_of_its_voxels(
     assert summary["failed_voxels"] == 1
     assert summary["reasons"] == {"few_steps": int(good.sum()), "no_signal": 1}
     assert summary["provenance"]["estimator"] == "non-linear least squares, two steps"
+    assert [step["T1"] for step in summary["provenance"]["steps"]] == [0.4, 12.0]
+
+
+def test_two_steps_have_the_priors_spread() -> None:
+    """Half of it, then 15 times; of the paper's prior (§2.3), where B0 is uniform."""
+    names = ("m0s", "T1", "T2f", "Rx", "T2s", "B0", "B1")
+    prior = fp.parameters.paper_prior(names, repetition_time=3.5e-3)
+    spread = {"m0s": 0.08, "T1": 0.8, "T2f": 0.2, "Rx": 20.0, "T2s": 3e-6}
+    spread["B0"] = 2 * np.pi / 3.5e-3 / np.sqrt(12)
+    steps = fit_inputs.steps_of(prior, {*names} - {"B1"})
+    for step, width in zip(steps, (0.5, 15), strict=True):
+        assert step == pytest.approx({name: width * std for name, std in spread.items()})
+
+
+def test_two_steps_start_from_every_parameter_or_not_at_all(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    options = {"noise_std": 100 * STD, "two_steps": True}
     # The network of this run tells three of six.
-    fitted(run, images, tmp_path / "far", start=run.folder, say=said.append, **options)
-    assert any("B0, Rx, T2s begin at the most similar fingerprint" in line for line in said)
+    with pytest.raises(stages.ExperimentError, match="estimates of Rx, T2s, B0, too, to start"):
+        fitted(run, images, tmp_path / "maps", start=run.folder, **options)
+    with pytest.raises(stages.ExperimentError, match="a similar fingerprint is too far away"):
+        fitted(run, images, tmp_path / "maps", start=4, **options)
+    # A voxel without an estimate has none afterwards, and stops no other.
+    truth = shutil.copytree(images.parent / "truth", tmp_path / "truth")
+    image = nibabel.load(truth / "Rx.nii.gz")
+    values = image.get_fdata()
+    values[3, 2] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, image.affine), truth / "Rx.nii.gz")
+    found = fitted(run, images, tmp_path / "maps", start=truth, **options)
+    assert (found["status"][3, 2] == maps.Status.NOT_FINITE).all()
+    assert (found["reason"][3, 2] == fit.Reason.REFUSED).all()
+    # What a search left behind when it was killed is not taken for steps.
+    with (
+        mock.patch.object(fitting, "_write", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        fitted(run, images, tmp_path / "all")
+    assert list((tmp_path / "all" / "chunks").glob("*/*.h5"))
+    other = fitted(run, images, tmp_path / "all", **options)
+    assert np.nanmax(other["iterations"]) == 2
+    same = np.isfinite(values) & np.isfinite(other["T1"])
+    np.testing.assert_allclose(found["T1"][same], other["T1"][same], rtol=1e-9)
+    assert same.sum() == np.isfinite(found["T1"]).sum()
 
 
 def check_status(
@@ -387,8 +426,11 @@ def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) 
     np.testing.assert_allclose(narrow["Rx"][np.isfinite(narrow["Rx"])], 44.0, rtol=1e-3)
 
 
-def test_the_background_tells_the_noise_that_a_prior_weighs_against(
-    run: Run, images: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("way", "least"), [({"prior": 1.0, "start": 1}, 1.0), ({"two_steps": True}, 0.01)]
+)
+def test_the_background_tells_the_noise_that_is_weighed_against(
+    run: Run, images: Path, way: dict[str, object], least: float, tmp_path: Path
 ) -> None:
     """As if it had been given; a factor of ten from the true one would change the maps."""
     wide = [(0, 14), (0, 10), (0, 2)]  # room for noise that is not next to the mask
@@ -405,17 +447,22 @@ def test_the_background_tells_the_noise_that_a_prior_weighs_against(
     std = error_bars.noise_of_background(x, mask)
     assert std == pytest.approx(100 * STD, rel=0.05)  # 13 coefficients of some thousand voxels
 
+    # Not quite the truth, so that what damps a step shows.
+    for path in (images.parent / "truth").glob("*.nii.gz"):
+        near = np.pad(0.97 * nibabel.load(path).get_fdata(), wide, mode="edge")
+        (tmp_path / "near").mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(near, volume.affine), tmp_path / "near" / path.name)
+    options = {"start": tmp_path / "near"} | way
+
     def mapped(out: str, std: float | None) -> dict[str, np.ndarray]:
-        return fitted(
-            run, tmp_path / "x.nii.gz", tmp_path / out, start=1, prior=1.0, noise_std=std
-        )
+        return fitted(run, tmp_path / "x.nii.gz", tmp_path / out, noise_std=std, **options)
 
     found, given, other = (
         mapped(*each) for each in (("found", None), ("given", std), ("other", 10 * std))
     )
     for name in found:
         np.testing.assert_array_equal(found[name], given[name], err_msg=name)
-    assert np.nanmax(np.abs(other["Rx"] - found["Rx"])) > 1
+    assert np.nanmax(np.abs(other["Rx"] - found["Rx"])) > least
     summary = json.loads((tmp_path / "found" / "summary.json").read_text())
     assert summary["provenance"]["noise"]["source"] == "background"
     assert summary["provenance"]["noise"]["std"] == std
@@ -627,7 +674,8 @@ def test_the_command_says_what_it_finds(run: Run, images: Path, tmp_path: Path) 
         (["--start", "0"], "at least 1 start"),
         (["--start", "absent"], "there is none"),
         (["--prior", "1"], "expected a noise_std, against which the prior weighs"),
-        (["--two-steps"], "expected a noise_std, against which a step is damped"),
+        (["--two-steps", "--start", "TRUTH"], "against which the damping of steps weighs"),
+        (["--two-steps"], "Start from a network or maps of every parameter"),
         (
             ["--prior", "0", "--noise-std", "1"],
             "the width of the prior must be a positive finite number",
@@ -640,7 +688,8 @@ def test_a_wrong_call_is_explained(
     run: Run, images: Path, tmp_path: Path, change: list[str], message: str
 ) -> None:
     plain = ["fit", str(images), "--run", str(run.folder), "-o", str(tmp_path / "maps")]
-    code, said = call(*plain, *change)
+    truth = str(images.parent / "truth")
+    code, said = call(*plain, *(truth if word == "TRUTH" else word for word in change))
     assert code == 2
     assert message in " ".join(said.split())
 

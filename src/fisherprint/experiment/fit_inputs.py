@@ -22,7 +22,7 @@ from fisherprint.simulate import DataSet
 from fisherprint.subspace import Basis
 
 TWO_STEPS = (0.5, 15.0)
-"""Spreads of the prior within which each of two steps keeps near its beginning.
+"""Standard deviations of the prior within which each of two steps keeps near its beginning.
 
 Why these: docs/decisions/046-two-steps.md.
 """
@@ -87,7 +87,7 @@ def read_voxels(
     volume: files.Volume,
     mask: NDArray[np.bool_],
     model: SignalModel,
-    section: MapSection,
+    noise_std: float | None,
     basis: Basis,
     known: Mapping[str, float | Path],
     bounds: Mapping[str, tuple[float, float]],
@@ -116,13 +116,13 @@ def read_voxels(
         _require_same_space(earlier.shape[:3], mask.shape, start)
         estimates = {name: earlier[..., e][mask] for e, name in enumerate(names)}
     elif isinstance(start, Path):
-        estimates = _network_estimates(open_run(start), x, told, section, basis)
+        estimates = _network_estimates(open_run(start), x, told, noise_std, basis)
     elif start is None and (run.network / "card.json").exists():
         unknown = [n for n in run.experiment.training.inputs if n not in told]
         if unknown:
             say(f"not started from the run's network, which must be told {', '.join(unknown)}")
         else:
-            estimates = _network_estimates(run, x, told, section, basis)
+            estimates = _network_estimates(run, x, told, noise_std, basis)
     return Voxels(x, fixed, estimates)
 
 
@@ -130,7 +130,7 @@ def _network_estimates(
     run: Run,
     x: NDArray[np.complex64],
     told: Mapping[str, NDArray[np.float64]],
-    section: MapSection,
+    noise_std: float | None,
     basis: Basis,
 ) -> dict[str, NDArray[np.float64]]:
     """What a run's network makes of the voxels."""
@@ -142,7 +142,7 @@ def _network_estimates(
             "number of fingerprints."
         )
     config = train.TrainingConfig.model_validate(card["config"])
-    if config.snr_input and section.noise_std is None:
+    if config.snr_input and noise_std is None:
         raise ExperimentError(
             f"expected the noise_std of the images, which {run.network} takes beside them; got "
             "none. Measure it in a region without signal, or give a number of starts."
@@ -155,8 +155,8 @@ def _network_estimates(
         )
     inputs = np.stack([told[name] for name in config.inputs], 1) if config.inputs else np.empty(0)
     # Where σ is not given, nothing looks at it.
-    noise_std = np.nan if section.noise_std is None else section.noise_std
-    extra = train.extra_inputs(config, x, inputs, noise_std=noise_std)
+    std = np.nan if noise_std is None else noise_std
+    extra = train.extra_inputs(config, x, inputs, noise_std=std)
     given: NDArray[np.complexfloating] = np.concatenate([x, extra.astype(x.real.dtype)], axis=-1)
     names = tuple(card["estimated"])
     found = maps.estimate_maps(
@@ -218,7 +218,10 @@ def normals_of(
 def steps_of(
     prior: Prior, unknown: set[str], widths: Sequence[float] = TWO_STEPS
 ) -> list[dict[str, float]]:
-    """Standard deviations by name that damp each step: the spreads of the prior, times a width."""
+    """Standard deviations by name that damp each step: those of the prior, times a width.
+
+    Of a normal distribution its own, whatever the limits; of a uniform one (high - low)/√12.
+    """
     spread = {
         name: one.std
         if isinstance(one, TruncatedNormal)

@@ -34,7 +34,7 @@ from fisherprint.experiment.folder import (
     region_file,
     versions,
 )
-from fisherprint.experiment.schema import MapSection
+from fisherprint.experiment.schema import ExperimentError, MapSection
 from fisherprint.models.protocol import SignalModel
 from fisherprint.parameters import Parameter
 from fisherprint.simulate import DataSet
@@ -100,7 +100,8 @@ def fit_run(
             of the most similar fingerprint. If None, the network of the run, or 4 starts without.
         prior: weigh in the normal distributions of the run's prior, this many times as wide; 1
             for the most probable estimate. If None, the prior is but the limits.
-        two_steps: two damped steps from each start, in place of the search.
+        two_steps: two damped steps in place of the search, from a network or maps of every
+            unknown parameter; no estimate in voxels where these have none.
         overwrite: replace maps that are there.
         stated: units to write parameters in by name, as for `files.state_maps`; else SI.
         executor: who computes; threads on all cores of this process if None.
@@ -112,7 +113,7 @@ def fit_run(
     Raises:
         OutputExistsError: `out` already holds maps.
         ExperimentError: there is no data set, no network to start from, or no estimate in the
-            folder to start from.
+            folder to start from, of every parameter for two steps.
         BasisMismatchError: the images, or the network to start from, have another basis.
         ValueError: images, mask, known parameters, starts or a prior that do not fit, or a prior
             or two steps where nothing tells σ.
@@ -126,7 +127,12 @@ def fit_run(
     volume, mask, basis_of_images = read_images(section, data, pulses, say)
     from_prior = prior_of(run, model, pulses)
     bounds = bounds_of(from_prior, model)
-    voxels = read_voxels(run, volume, mask, model, section, data.basis, known, bounds, start, say)
+    noise_std = section.noise_std
+    if noise_std is None and (prior is not None or two_steps):
+        noise_std = error_bars.noise_of_background(volume.data, mask)
+    voxels = read_voxels(
+        run, volume, mask, model, noise_std, data.basis, known, bounds, start, say
+    )
     values = {n: v for n, v in known.items() if not isinstance(v, Path)}
     n_starts = start if isinstance(start, int) else 1 if voxels.start else _STARTS
     if n_starts < 1:
@@ -134,15 +140,13 @@ def fit_run(
             f"expected at least 1 start in each voxel; got {n_starts}. Leave it out for the usual."
         )
     unknown = set(model.names) - set(known)
-    distant = sorted(unknown - set(voxels.start))
+    distant = [name for name in model.names if name in unknown - set(voxels.start)]
     if two_steps and distant:
-        say(
-            f"two steps need a start near the truth; {', '.join(distant)} begin at the most "
-            "similar fingerprint, which is too far. Start from a network of all parameters."
+        raise ExperimentError(
+            f"expected estimates of {', '.join(distant)}, too, to start two steps from: a similar "
+            "fingerprint is too far away. Start from a network or maps of every parameter, or "
+            "search, without two steps."
         )
-    noise_std = section.noise_std
-    if noise_std is None and (prior is not None or two_steps):
-        noise_std = error_bars.noise_of_background(volume.data, mask)
     estimator = fit.LeastSquares(
         model,
         data.basis,
@@ -178,7 +182,7 @@ def fit_run(
                 undone = [np.arange(n * CHUNK, min((n + 1) * CHUNK, size)) for n in missing]
                 seconds = _forecast(
                     voxels.at(np.concatenate(undone)),
-                    lambda part: next(_tasks(part, [0], entries, n_starts)),
+                    lambda part: next(_tasks(part, [0], entries, n_starts, not two_steps)),
                     task,
                     pool,
                     number,
@@ -186,7 +190,7 @@ def fit_run(
             say(f"expected time: {_duration(seconds)} with {number} workers")
         if dry_run:
             return
-        tasks = _tasks(voxels, missing, entries, n_starts)
+        tasks = _tasks(voxels, missing, entries, n_starts, not two_steps)
         for (number, *_), arrays in simulate.apply(pool, task, tasks, ahead=_AHEAD, ordered=False):
             files.write_arrays(_file(folder, number), arrays)
             done += len(arrays["theta"])
@@ -209,6 +213,7 @@ def fit_run(
         "basis_of_images_sha256": basis_of_images,
         "known": {name: values.get(name, "map") for name in (*values, *voxels.known)},
         "prior": {name: list(normal) for name, normal in estimator.prior.items()},
+        "steps": [dict(step) for step in estimator.steps],
         "noise": noise.recorded,
         "reasons": {str(reason.value): reason.name.lower() for reason in fit.Reason},
     }
@@ -234,9 +239,9 @@ def _dictionary(data: DataSet) -> fit.Dictionary:
 
 
 def _tasks(
-    voxels: Voxels, numbers: list[int], entries: fit.Dictionary, n_starts: int
+    voxels: Voxels, numbers: list[int], entries: fit.Dictionary, n_starts: int, filled: bool
 ) -> Iterator[_Task]:
-    """Some chunks, ready to be fitted."""
+    """Some chunks, ready to be fitted; fingerprints stand in for NaN to start from if `filled`."""
     for number in numbers:
         part = slice(number * CHUNK, (number + 1) * CHUNK)
         x = voxels.x[part]
@@ -245,7 +250,8 @@ def _tasks(
             starts = entries.nearest(x, n_starts)
         for name, values in voxels.start.items():
             column = starts[..., entries.names.index(name)]
-            np.copyto(column, values[part, None], where=np.isfinite(values[part, None]))
+            told = np.isfinite(values[part, None]) if filled else True
+            np.copyto(column, values[part, None], where=told)
         yield number, given.astype(np.complex128), starts
 
 

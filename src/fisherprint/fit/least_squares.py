@@ -95,13 +95,13 @@ class LeastSquares:
         prior: (mean, standard deviation) by name of normal distributions that unknown parameters
             have beforehand. Then the sum of squares has σ²((θ - mean)/std)² for each of them: the
             estimate is the most probable one (MAP), at the M0 that fits best.
-        noise_std: σ where a call gives none. A prior needs it.
+        noise_std: σ where a call gives none. A prior and a damped step need it.
         steps: no search, but so many steps of Levenberg and Marquardt from the start, and the
             result of each moved within the bounds. Each has standard deviations by name, within
             which it keeps near its beginning: (JᵀJ + σ²/std²) p = -Jᵀr; those without one are not
-            damped. From a network of all parameters, two of them are nearly efficient where the
-            search, which ends in the smallest residual however far that lies, is not. From a
-            start farther away than noise explains they are no estimate. Needs σ where it damps.
+            damped. From a network of all parameters, two of them are efficient at a noise where
+            the search, which ends in the smallest residual however far that lies, is not. From a
+            start farther away than noise explains they are no estimate.
 
     Raises:
         KeyError: an unknown name.
@@ -176,10 +176,10 @@ class LeastSquares:
         if self.noise_std is not None:
             _checks.positive("noise_std", self.noise_std)
         elif self.prior or any(self.steps):
-            what = "the prior weighs" if self.prior else "a step is damped"
+            what = "prior weighs" if self.prior else "damping of steps weighs"
             raise ValueError(
-                f"expected a noise_std, against which {what}; got none. Measure it in a region "
-                "without signal, or leave that out."
+                f"expected a noise_std, against which the {what}; got none. Measure it in a "
+                "region without signal, or leave the prior or the damped steps out."
             )
         if not callable(self.start):
             start = np.asarray(self.start, dtype=np.float64)

@@ -29,7 +29,9 @@ class Reason(IntEnum):
     NO_SIGNAL = 4
     """What is given of the voxel is not finite, or zero."""
     REFUSED = 5
-    """The model refuses the start, or a known parameter, or gives no finite signal there."""
+    """The model refuses a known parameter, the start or where a step of a few ends, or gives no
+    finite signal there.
+    """
     FEW_STEPS = 6
     """The last of the few steps that were asked for."""
 
@@ -209,12 +211,13 @@ def few_steps(
         start: shape (n, F), within the bounds.
         low: lower bounds, shape (n, F), -inf for none.
         high: upper bounds, likewise.
-        weights: the diagonal of W for each step, shape (n, F): inverse variances, over that of
-            the residual, by which a step shall not leave its start.
+        weights: the diagonal of W for each step, shape (n, F): σ²/std² of each parameter for
+            residuals of variance σ²; 0 for those that are not damped.
     """
     every: Integers = np.arange(len(start))
     point, here = start, evaluate(start, every)
     fine = np.isfinite(here.cost)
+    tried = np.zeros(len(start), dtype=np.intp)
     for weight in weights:
         gradient = np.where(fine[:, None], here.gradient, 0.0)
         damped = weight[:, None] * np.eye(start.shape[1]) + here.curvature
@@ -230,9 +233,10 @@ def few_steps(
         )
         point = np.clip(point + step / D, low, high)
         here = evaluate(point, every)
+        tried += fine
         fine &= np.isfinite(here.cost)
     reason = np.where(fine, Reason.FEW_STEPS, Reason.REFUSED)
-    return Minimum(point, here, fine * len(weights), reason.astype(np.int8))
+    return Minimum(point, here, tried, reason.astype(np.int8))
 
 
 def _secant(S: Floats, s: Floats, y: Floats, curvature: Floats) -> Floats:
