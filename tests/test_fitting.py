@@ -113,15 +113,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.fixture(scope="module")
-def expected(run: Run, images: Path) -> fit.Fit:
-    """Each voxel by itself, without the stage."""
+def alone(run: Run, images: Path, **options: object) -> fit.Fit:
+    """Each voxel from the truth, without the stage."""
     data, _, model = stages.read_data(run)
-    x = np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK)
     folder = images.parent / "truth"
     truth = np.column_stack(
         [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
     )
+    estimator = fit.LeastSquares(model, data.basis, start=truth[0], known={"B1": B1}, **options)
+    x = np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK)
+    return estimator.fit(x, start=truth)
+
+
+@pytest.fixture(scope="module")
+def expected(run: Run, images: Path) -> fit.Fit:
+    """Each voxel by itself, without the stage."""
     bounds = {
         "m0s": (0.0, 0.6),
         "T1": (0.1, 10.0),
@@ -130,10 +136,7 @@ def expected(run: Run, images: Path) -> fit.Fit:
         "T2s": (6e-6, 20e-6),
         "B0": (-np.pi / 3.5e-3, np.pi / 3.5e-3),
     }
-    estimator = fit.LeastSquares(
-        model, data.basis, start=truth[0], known={"B1": B1}, bounds=bounds
-    )
-    return estimator.fit(x, start=truth)
+    return alone(run, images, bounds=bounds)
 
 
 def test_a_volume_is_the_fit_of_its_voxels(
@@ -199,26 +202,13 @@ def test_two_steps_of_a_volume_are_those_of_its_voxels(
     error = found["T1"] - nibabel.load(images.parent / "truth" / "T1.nii.gz").get_fdata()
     assert np.nanmax(np.abs(error / found["T1_std"])) < 5
 
-    # As of the voxels alone.
-    data, pulses, model = stages.read_data(run)
+    _, pulses, model = stages.read_data(run)
     prior = fit_inputs.prior_of(run, model, pulses)
-    folder = images.parent / "truth"
-    truth = np.column_stack(
-        [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
-    )
-    estimator = fit.LeastSquares(
-        model,
-        data.basis,
-        start=truth[0],
-        known={"B1": B1},
-        bounds=fit_inputs.bounds_of(prior, model),
-        noise_std=std,
-        steps=fit_inputs.steps_of(prior, {*model.names} - {"B1"}),
-    )
-    x = np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK)
-    alone = estimator.fit(x, start=truth)
+    steps = fit_inputs.steps_of(prior, {*model.names} - {"B1"})
+    bounds = fit_inputs.bounds_of(prior, model)
+    wanted = alone(run, images, bounds=bounds, noise_std=std, steps=steps)
     for name in ("m0s", "T1", "Rx", "B0"):
-        values = alone[name].reshape(SHAPE)[good]
+        values = wanted[name].reshape(SHAPE)[good]
         np.testing.assert_allclose(found[name][good], values, rtol=1e-6, err_msg=name)
 
     summary = json.loads((tmp_path / "maps" / "summary.json").read_text())
@@ -390,29 +380,15 @@ def test_a_network_that_is_told_what_is_known_is_a_start(
 def test_the_prior_of_the_run_weighs_in(run: Run, images: Path, tmp_path: Path) -> None:
     """As the estimator with the same normal distributions; a narrow one is all that counts."""
     std = 100 * STD
-    data, pulses, model = stages.read_data(run)
+    _, pulses, model = stages.read_data(run)
     prior = fit_inputs.prior_of(run, model, pulses)
     normals = {
         name: (normal.mean, 0.5 * normal.std)
         for name, normal in prior.distributions.items()
         if name not in ("B0", "B1")  # B0 is uniform, B1 known
     }
-    folder = images.parent / "truth"
-    truth = np.column_stack(
-        [nibabel.load(folder / f"{name}.nii.gz").get_fdata().ravel() for name in model.names]
-    )
-    estimator = fit.LeastSquares(
-        model,
-        data.basis,
-        start=truth[0],
-        known={"B1": B1},
-        bounds=fit_inputs.bounds_of(prior, model),
-        prior=normals,
-        noise_std=std,
-    )
-    expected = estimator.fit(
-        np.asarray(nibabel.load(images).dataobj).reshape(-1, RANK), start=truth
-    )
+    bounds = fit_inputs.bounds_of(prior, model)
+    expected = alone(run, images, bounds=bounds, prior=normals, noise_std=std)
     found = fitted(run, images, tmp_path / "maps", noise_std=std, prior=0.5)
     inside = np.isfinite(found["T1"])
     for name in ("m0s", "T1", "Rx"):
